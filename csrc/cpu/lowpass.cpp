@@ -1,0 +1,129 @@
+// Filters of both axes, and the choice of layout. The kernels are in lowpass_planes.h and lowpass_lanes.h.
+#include "lowpass.h"
+
+#include <algorithm>
+
+#include "cpu/lowpass_lanes.h"
+#include "cpu/lowpass_planes.h"
+#include "cpu/parallel.h"
+
+namespace lfcc {
+namespace {
+
+template <typename A>
+Axis<A> make_axis(const std::vector<int64_t>& scales, const A* matrix, int64_t size) {
+  Axis<A> axis;
+  axis.size = size;
+  axis.rows = 0;
+  axis.uniform = !matrix;
+  for (int64_t scale : scales) {
+    const int64_t offset = axis.rows;
+    for (int64_t i = 0; i < scale; ++i, ++axis.rows) {
+      int64_t start = i * size / scale, stop = ((i + 1) * size + scale - 1) / scale;
+      A gain = A(1) / A(stop - start);
+      if (matrix) {
+        const A* row = matrix + axis.rows * size;
+        start = 0, stop = size, gain = 1;
+        while (start < stop && row[start] == 0) ++start;
+        while (start < stop && row[stop - 1] == 0) --stop;
+        axis.weights.insert(axis.weights.end(), row, row + size);
+      } else {
+        axis.weights.insert(axis.weights.end(), size, A(0));
+        std::fill(axis.weights.end() - size + start, axis.weights.end() - size + stop, A(1));
+      }
+      axis.start.push_back(start), axis.stop.push_back(stop), axis.gain.push_back(gain);
+    }
+    for (int64_t position = 0; position < size; ++position) {
+      int64_t first = axis.rows, last = offset;
+      for (int64_t row = offset; row < axis.rows; ++row)
+        if (axis.start[row] <= position && position < axis.stop[row]) first = std::min(first, row), last = row + 1;
+      axis.first.push_back(first), axis.last.push_back(std::max(first, last));
+    }
+  }
+  for (int64_t position = 0; position < size; ++position) {
+    std::vector<int64_t> rows;
+    for (size_t s = 0; s < scales.size(); ++s)
+      for (int64_t row = axis.first[s * size + position]; row < axis.last[s * size + position]; ++row)
+        rows.push_back(row);
+    if (position == 0 || rows != axis.segments.back().rows) axis.segments.push_back({position, position, rows});
+    axis.segments.back().end = position + 1;
+  }
+  return axis;
+}
+
+// Parts into which the gradients of the filters are summed: fixed, so that the bits depend on no number of threads.
+constexpr int64_t FILTER_GRAD_PARTS = 64;
+
+}  // namespace
+
+template <typename A>
+Filters<A> make_filters(
+    const std::vector<int64_t>& scales, const A* row_filters, const A* col_filters, int64_t height, int64_t width) {
+  Filters<A> filters{scales, {}, {}, 0, make_axis(scales, row_filters, height), make_axis(scales, col_filters, width)};
+  int64_t row = 0;
+  for (int64_t scale : scales) {
+    filters.row_offset.push_back(row), filters.cell_offset.push_back(filters.cells);
+    row += scale, filters.cells += scale * scale;
+  }
+  return filters;
+}
+
+template <typename T, typename A>
+void lowpass(const Filters<A>& filters, const Map<const T>& x, T* y) {
+  if (x.stride_w == 1)
+    parallel_for(planes::units(x), [&](int64_t begin, int64_t end) { planes::forward(filters, x, y, begin, end); });
+  else
+    parallel_for(lanes::units(x), [&](int64_t begin, int64_t end) { lanes::forward(filters, x, y, begin, end); });
+}
+
+template <typename T, typename A>
+void lowpass_input_grad(const Filters<A>& filters, const T* grad, const Map<T>& grad_x) {
+  if (grad_x.stride_w == 1)
+    parallel_for(planes::units(grad_x), [&](int64_t begin, int64_t end) {
+      planes::input_grad(filters, grad, grad_x, begin, end);
+    });
+  else
+    parallel_for(lanes::units(grad_x), [&](int64_t begin, int64_t end) {
+      lanes::input_grad(filters, grad, grad_x, begin, end);
+    });
+}
+
+template <typename T, typename A>
+void lowpass_filter_grad(
+    const Filters<A>& filters, const T* grad, const Map<const T>& x, A* grad_rows, A* grad_cols) {
+  const int64_t row_values = filters.rows.rows * x.height, col_values = filters.cols.rows * x.width;
+  const bool in_planes = x.stride_w == 1;
+  const int64_t units = in_planes ? planes::units(x) : lanes::units(x);
+  const int64_t parts = std::min(FILTER_GRAD_PARTS, units), stride = row_values + col_values;
+  std::vector<A> sums(parts * stride, A(0));
+  parallel_for(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      A* rows = sums.data() + part * stride;
+      const int64_t from = part * units / parts, to = (part + 1) * units / parts;
+      if (in_planes)
+        planes::filter_grad(filters, grad, x, rows, rows + row_values, from, to);
+      else
+        lanes::filter_grad(filters, grad, x, rows, rows + row_values, from, to);
+    }
+  });
+  std::fill(grad_rows, grad_rows + row_values, A(0));
+  std::fill(grad_cols, grad_cols + col_values, A(0));
+  for (int64_t part = 0; part < parts; ++part) {
+    const A* rows = sums.data() + part * stride;
+    for (int64_t i = 0; i < row_values; ++i) grad_rows[i] += rows[i];
+    for (int64_t i = 0; i < col_values; ++i) grad_cols[i] += rows[row_values + i];
+  }
+}
+
+#define LFCC_INSTANTIATE(T, A)                                                                                   \
+  template void lowpass<T, A>(const Filters<A>&, const Map<const T>&, T*);                                       \
+  template void lowpass_input_grad<T, A>(const Filters<A>&, const T*, const Map<T>&);                            \
+  template void lowpass_filter_grad<T, A>(const Filters<A>&, const T*, const Map<const T>&, A*, A*);
+LFCC_INSTANTIATE(double, double)
+LFCC_INSTANTIATE(float, float)
+LFCC_INSTANTIATE(BFloat16, float)
+LFCC_INSTANTIATE(Half, float)
+template Filters<double> make_filters(const std::vector<int64_t>&, const double*, const double*, int64_t, int64_t);
+template Filters<float> make_filters(const std::vector<int64_t>&, const float*, const float*, int64_t, int64_t);
+
+}  // namespace lfcc

@@ -1,0 +1,304 @@
+// lowpass where a row of the map is contiguous (NCHW). Eight channels of an image are one unit of work.
+//
+// Forward, a unit: each plane is read once from memory; its rows are summed into U_i = sum_h R[i,h] F[h,:] while it is
+// in cache; then the eight planes' U are transposed in 8 x 8 blocks, so that the sums over columns run with a channel
+// a lane and end as eight neighbours of the (B, cells, C) output. Backward is the same in reverse: V_i = sum_j K[j,:]
+// dY[i,j] with a channel a lane, transposed, then dF[h,:] = sum_i R[i,h] V_i into a plane in cache, streamed out once.
+//
+// With S = sum of scales and n = number of scales, a map of P values takes for windows that tile it
+//   forward      reads P, writes cells/HW of it;  2 n P + 2 S P / H FLOPs
+//   input grad   the same reversed
+//   filter grads read P;  2 (n + S) P + 2 cells P / H FLOPs
+// so forward and input grad are bound by memory.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+#include "lowpass.h"
+
+namespace lfcc::planes {
+
+template <typename T>
+int64_t units(const Map<T>& map) {
+  return map.batch * ((map.channels + LANES - 1) / LANES);
+}
+
+struct Unit {
+  int64_t image, channel, width;  // the first channel and how many of LANES exist
+};
+
+template <typename T>
+LFCC_INLINE Unit unit_at(const Map<T>& map, int64_t index) {
+  const int64_t blocks = (map.channels + LANES - 1) / LANES, channel = index % blocks * LANES;
+  return {index / blocks, channel, std::min(LANES, map.channels - channel)};
+}
+
+// Rows of a plane in the accumulator's type; vectors may be read up to seven values past the end of each row.
+template <typename A>
+struct Rows {
+  const A* data;
+  int64_t stride;
+};
+
+template <typename T, typename A>
+LFCC_INLINE Rows<A> plane_rows(const Map<const T>& x, int64_t image, int64_t channel, A* scratch) {
+  const int64_t offset = image * x.stride_b + channel * x.stride_c;
+  const T* plane = x.data + offset;
+  if constexpr (std::is_same<T, A>::value) {
+    const int64_t rows_end = (x.height - 1) * x.stride_h + x.width;
+    const int64_t map_end = (x.batch - 1) * x.stride_b + (x.channels - 1) * x.stride_c + rows_end;
+    if (offset + rows_end + LANES <= map_end) return {plane, x.stride_h};
+  }
+  for (int64_t h = 0; h < x.height; ++h)
+    for (int64_t w = 0; w < x.width; ++w) scratch[h * x.width + w] = load(plane[h * x.stride_h + w]);
+  return {scratch, x.width};
+}
+
+// Calls body(N, w) for runs of N vectors that cover [0, padded), from right to left. Rows of up to eight vectors are one
+// run, so that a plane is read and written in one stream; N is known to the compiler, and its sums stay in registers.
+template <typename Body>
+LFCC_INLINE void for_chunks(int64_t padded, const Body& body) {
+  int64_t left = padded / LANES;
+  for (; left > 8; left -= 8) body(std::integral_constant<int, 8>(), (left - 8) * LANES);
+  switch (left) {
+    case 1: return body(std::integral_constant<int, 1>(), 0);
+    case 2: return body(std::integral_constant<int, 2>(), 0);
+    case 3: return body(std::integral_constant<int, 3>(), 0);
+    case 4: return body(std::integral_constant<int, 4>(), 0);
+    case 5: return body(std::integral_constant<int, 5>(), 0);
+    case 6: return body(std::integral_constant<int, 6>(), 0);
+    case 7: return body(std::integral_constant<int, 7>(), 0);
+    case 8: return body(std::integral_constant<int, 8>(), 0);
+  }
+}
+
+// Asks for memory that is read next (often the next plane), while this one is summed; beyond a tensor it does nothing.
+template <typename A>
+LFCC_INLINE void prefetch(const A* data, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(A))) __builtin_prefetch(data + i);
+}
+
+// sums[i][w] = sum_h R[i,h] rows[h][w] for N vectors of columns; the average adds each segment of rows up once.
+template <int N, typename A>
+LFCC_INLINE void sum_rows_chunk(const Axis<A>& axis, const Rows<A>& rows, int64_t padded, A* sums) {
+  for (const Segment& segment : axis.segments) {
+    prefetch(rows.data + (segment.begin + axis.size) * rows.stride, (segment.end - segment.begin) * rows.stride);
+    vec<A> total[N] = {};
+    if (axis.uniform)
+      for (int64_t h = segment.begin; h < segment.end; ++h)
+        for (int k = 0; k < N; ++k) total[k] += load_vector(rows.data + h * rows.stride + k * LANES);
+    for (int64_t i : segment.rows) {
+      const A* weights = axis.weights.data() + i * axis.size;
+      vec<A> sum[N];
+      for (int k = 0; k < N; ++k) sum[k] = load_vector(sums + i * padded + k * LANES) + total[k];
+      if (!axis.uniform)
+        for (int64_t h = segment.begin; h < segment.end; ++h)
+          for (int k = 0; k < N; ++k) sum[k] += weights[h] * load_vector(rows.data + h * rows.stride + k * LANES);
+      for (int k = 0; k < N; ++k) store_vector(sums + i * padded + k * LANES, sum[k]);
+    }
+  }
+}
+
+template <typename A>
+LFCC_INLINE void sum_rows(const Axis<A>& axis, const Rows<A>& rows, int64_t padded, A* sums) {
+  std::fill(sums, sums + axis.rows * padded, A(0));
+  for_chunks(padded, [&](auto n, int64_t w) LFCC_INLINE_LAMBDA {
+    sum_rows_chunk<n>(axis, Rows<A>{rows.data + w, rows.stride}, padded, sums + w);
+  });
+}
+
+// plane[h][w] = sum_i R[i,h] spread[i][w] for N vectors of columns of a segment of rows.
+template <int N, typename A>
+LFCC_INLINE void spread_rows_chunk(
+    const Axis<A>& axis, const Segment& segment, const A* spread, int64_t padded, A* plane, int64_t width) {
+  if (axis.uniform) {
+    vec<A> sum[N] = {};
+    for (int64_t i : segment.rows)
+      for (int k = 0; k < N; ++k) sum[k] += load_vector(spread + i * padded + k * LANES);
+    for (int64_t h = segment.begin; h < segment.end; ++h)
+      for (int k = 0; k < N; ++k) store_vector(plane + h * width + k * LANES, sum[k]);
+    return;
+  }
+  for (int64_t h = segment.begin; h < segment.end; ++h) {
+    vec<A> sum[N] = {};
+    for (int64_t i : segment.rows) {
+      const A weight = axis.weights[i * axis.size + h];
+      for (int k = 0; k < N; ++k) sum[k] += weight * load_vector(spread + i * padded + k * LANES);
+    }
+    for (int k = 0; k < N; ++k) store_vector(plane + h * width + k * LANES, sum[k]);
+  }
+}
+
+// From right to left: a row's last vector runs into the columns of the next row, which are written after it.
+template <typename A>
+LFCC_INLINE void spread_rows(const Axis<A>& axis, const A* spread, int64_t padded, A* plane, int64_t width) {
+  for (const Segment& segment : axis.segments)
+    for_chunks(padded, [&](auto n, int64_t w) LFCC_INLINE_LAMBDA {
+      spread_rows_chunk<n>(axis, segment, spread + w, padded, plane + w, width);
+    });
+}
+
+// cells[c] = gradient of output cell c, a channel a lane, times the gains of its row and column.
+template <typename T, typename A>
+LFCC_INLINE void load_cells(const Filters<A>& filters, const T* grad, const Unit& unit, int64_t channels, A* cells) {
+  std::fill(cells, cells + filters.cells * LANES, A(0));
+  for (size_t s = 0; s < filters.scales.size(); ++s)
+    for (int64_t i = 0; i < filters.scales[s]; ++i)
+      for (int64_t j = 0; j < filters.scales[s]; ++j) {
+        const int64_t cell = filters.cell_offset[s] + i * filters.scales[s] + j;
+        const A gain = filters.rows.gain[filters.row_offset[s] + i] * filters.cols.gain[filters.row_offset[s] + j];
+        const T* from = grad + (unit.image * filters.cells + cell) * channels + unit.channel;
+        if (unit.width == LANES)
+          for (int64_t lane = 0; lane < LANES; ++lane) cells[cell * LANES + lane] = gain * load(from[lane]);
+        else
+          for (int64_t lane = 0; lane < unit.width; ++lane) cells[cell * LANES + lane] = gain * load(from[lane]);
+      }
+}
+
+// spread[p][i][w] = sum_j K[j,w] cells[i,j] of channel p, for w below `padded` (zero from the map's width on).
+template <typename A>
+LFCC_INLINE void spread_columns(const Filters<A>& filters, const A* cells, int64_t padded, A* spread) {
+  const Axis<A>& cols = filters.cols;
+  for (size_t s = 0; s < filters.scales.size(); ++s)
+    for (int64_t i = 0; i < filters.scales[s]; ++i) {
+      const int64_t row = filters.row_offset[s] + i;
+      const A* row_cells = cells + (filters.cell_offset[s] + i * filters.scales[s]) * LANES;
+      for (int64_t w = 0; w < padded; w += LANES) {
+        vec<A> block[8] = {};
+        for (int64_t k = 0; k < LANES && w + k < cols.size; ++k) {
+          const int64_t at = s * cols.size + w + k;
+          for (int64_t j = cols.first[at]; j < cols.last[at]; ++j)
+            block[k] += cols.weights[j * cols.size + w + k] *
+                load_vector(row_cells + (j - filters.row_offset[s]) * LANES);
+        }
+        transpose8x8<A>(block);
+        for (int64_t p = 0; p < LANES; ++p) store_vector(spread + (p * cols.rows + row) * padded + w, block[p]);
+      }
+    }
+}
+
+template <typename T, typename A>
+LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, T* y, int64_t begin, int64_t end) {
+  const Axis<A>& cols = filters.cols;
+  const int64_t padded = (x.width + LANES - 1) / LANES * LANES;
+  std::vector<A> scratch(x.height * x.width + LANES), sums(LANES * cols.rows * padded), cells(filters.cells * LANES);
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit = unit_at(x, index);
+    for (int64_t p = 0; p < unit.width; ++p)
+      sum_rows(filters.rows, plane_rows(x, unit.image, unit.channel + p, scratch.data()), padded,
+               sums.data() + p * cols.rows * padded);
+    std::fill(cells.begin(), cells.end(), A(0));
+    for (size_t s = 0; s < filters.scales.size(); ++s)
+      for (int64_t i = 0; i < filters.scales[s]; ++i) {
+        const int64_t row = filters.row_offset[s] + i;
+        A* row_cells = cells.data() + (filters.cell_offset[s] + i * filters.scales[s]) * LANES;
+        for (int64_t w = 0; w < padded; w += LANES) {
+          vec<A> block[8];
+          for (int64_t p = 0; p < LANES; ++p)
+            block[p] = load_vector(sums.data() + (p * cols.rows + row) * padded + w);
+          transpose8x8<A>(block);
+          for (int64_t k = 0; k < LANES && w + k < x.width; ++k) {
+            const int64_t at = s * cols.size + w + k;
+            for (int64_t j = cols.first[at]; j < cols.last[at]; ++j) {
+              A* cell = row_cells + (j - filters.row_offset[s]) * LANES;
+              store_vector(cell, load_vector(cell) + cols.weights[j * cols.size + w + k] * block[k]);
+            }
+          }
+        }
+        for (int64_t j = 0; j < filters.scales[s]; ++j) {
+          const int64_t cell = filters.cell_offset[s] + i * filters.scales[s] + j;
+          const A gain = filters.rows.gain[row] * cols.gain[filters.row_offset[s] + j];
+          T* to = y + (unit.image * filters.cells + cell) * x.channels + unit.channel;
+          for (int64_t lane = 0; lane < unit.width; ++lane) store(to + lane, gain * row_cells[j * LANES + lane]);
+        }
+      }
+  }
+}
+
+template <typename T, typename A>
+LFCC_INLINE void input_grad_body(
+    const Filters<A>& filters, const T* grad, const Map<T>& grad_x, int64_t begin, int64_t end) {
+  const Axis<A>& rows = filters.rows;
+  const int64_t padded = (grad_x.width + LANES - 1) / LANES * LANES, size = grad_x.height * grad_x.width;
+  // Small planes leave in one stream of a few KiB: reading a plane at once behind its overlapping stores would stall.
+  const int64_t together = std::max<int64_t>(1, std::min(LANES, 2048 / size));
+  std::vector<A> planes(together * size + LANES), spread(LANES * rows.rows * padded), cells(filters.cells * LANES);
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit = unit_at(grad_x, index);
+    load_cells(filters, grad, unit, grad_x.channels, cells.data());
+    spread_columns(filters, cells.data(), padded, spread.data());
+    for (int64_t p = 0; p < unit.width; p += together) {
+      const int64_t count = std::min(together, unit.width - p);
+      for (int64_t k = 0; k < count; ++k)
+        spread_rows(
+            rows, spread.data() + (p + k) * rows.rows * padded, padded, planes.data() + k * size, grad_x.width);
+      T* to = grad_x.data + unit.image * grad_x.stride_b + (unit.channel + p) * grad_x.stride_c;
+      stream_out(to, planes.data(), count * size);
+    }
+  }
+  stream_fence();
+}
+
+template <typename T, typename A>
+LFCC_INLINE void filter_grad_body(
+    const Filters<A>& filters, const T* grad, const Map<const T>& x, A* grad_rows, A* grad_cols, int64_t begin,
+    int64_t end) {
+  const int64_t rows = filters.rows.rows, padded = (x.width + LANES - 1) / LANES * LANES;
+  std::vector<A> scratch(x.height * x.width + LANES), sums(rows * padded), spread(LANES * rows * padded);
+  std::vector<A> cells(filters.cells * LANES), row_lanes(rows * x.height * LANES), col_sums(rows * padded);
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit = unit_at(x, index);
+    load_cells(filters, grad, unit, x.channels, cells.data());
+    spread_columns(filters, cells.data(), padded, spread.data());
+    for (int64_t p = 0; p < unit.width; ++p) {
+      const Rows<A> plane = plane_rows(x, unit.image, unit.channel + p, scratch.data());
+      sum_rows(filters.rows, plane, padded, sums.data());
+      // dK[j,w] += sum_i dY[i,j] U_i[w]
+      for (size_t s = 0; s < filters.scales.size(); ++s)
+        for (int64_t j = 0; j < filters.scales[s]; ++j)
+          for (int64_t i = 0; i < filters.scales[s]; ++i) {
+            const A weight = cells[(filters.cell_offset[s] + i * filters.scales[s] + j) * LANES + p];
+            const A* from = sums.data() + (filters.row_offset[s] + i) * padded;
+            A* to = col_sums.data() + (filters.row_offset[s] + j) * padded;
+            for (int64_t w = 0; w < padded; w += LANES)
+              store_vector(to + w, load_vector(to + w) + weight * load_vector(from + w));
+          }
+      // dR[i,h] += <F[h,:], V_i>, kept a lane a residue of w until the end
+      for (int64_t h = 0; h < x.height; ++h) {
+        const A* row = plane.data + h * plane.stride;
+        for (int64_t i = 0; i < rows; ++i) {
+          const A* v = spread.data() + (p * rows + i) * padded;
+          A* to = row_lanes.data() + (i * x.height + h) * LANES;
+          vec<A> sum = load_vector(to);
+          int64_t w = 0;
+          for (; w + LANES <= x.width; w += LANES) sum += load_vector(row + w) * load_vector(v + w);
+          // Values past the row may be anything, NaN too, so they are cut off and not multiplied by zero.
+          if (w < x.width) sum += first_lanes<A>(load_vector(row + w), x.width - w) * load_vector(v + w);
+          store_vector(to, sum);
+        }
+      }
+    }
+  }
+  for (int64_t k = 0; k < rows * x.height; ++k) grad_rows[k] += sum_lanes<A>(load_vector(row_lanes.data() + k * LANES));
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t w = 0; w < x.width; ++w) grad_cols[j * x.width + w] += col_sums[j * padded + w];
+}
+
+#define LFCC_PLANES(T, A)                                                                                            \
+  LFCC_CLONES void forward(const Filters<A>& f, const Map<const T>& x, T* y, int64_t begin, int64_t end) {           \
+    forward_body(f, x, y, begin, end);                                                                               \
+  }                                                                                                                  \
+  LFCC_CLONES void input_grad(const Filters<A>& f, const T* grad, const Map<T>& x, int64_t begin, int64_t end) {     \
+    input_grad_body(f, grad, x, begin, end);                                                                         \
+  }                                                                                                                  \
+  LFCC_CLONES void filter_grad(                                                                                      \
+      const Filters<A>& f, const T* grad, const Map<const T>& x, A* rows, A* cols, int64_t begin, int64_t end) {     \
+    filter_grad_body(f, grad, x, rows, cols, begin, end);                                                            \
+  }
+LFCC_PLANES(double, double)
+LFCC_PLANES(float, float)
+LFCC_PLANES(BFloat16, float)
+LFCC_PLANES(Half, float)
+
+}  // namespace lfcc::planes

@@ -1,0 +1,96 @@
+"""What `lfcc info` prints: versions, which backends serve here and why not, what was built, what is missing."""
+
+import importlib.metadata
+import os
+import platform
+import re
+
+import torch
+
+import lfcc_kernels
+from lfcc_kernels.backends import native
+
+_DISTRIBUTION = "lfcc-kernels"
+
+
+def report() -> str:
+    """The state of this installation as readable text; needs torch alone."""
+    sections = {
+        f"lfcc_kernels {lfcc_kernels.__version__}": _versions(),
+        "backends": _backends(),
+        "compiled kernels": _build(),
+        "threads": _threads(),
+        "optional packages": _extras(),
+    }
+    return "\n\n".join(_section(title, rows) for title, rows in sections.items())
+
+
+def _section(title: str, rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "folder": str(native.PACKAGE),
+    }
+
+
+def _backends() -> dict[str, str]:
+    chosen = os.environ.get("LFCC_BACKEND")
+    return {
+        "eager": "available: plain PyTorch, any device",
+        "cpu": f"not available: {native.missing}" if native.missing else "available: compiled, CPU tensors",
+        "in use": f"{chosen}, from LFCC_BACKEND" if chosen else "auto: cpu where it can serve, else eager",
+    }
+
+
+def _build() -> dict[str, str]:
+    if native.missing:
+        return {"none": "see backend cpu"}
+    if native.host is None:
+        return {"unknown": "lfcc_kernels/_host, which knows, is missing or of another Python; no kernel needs it"}
+    facts = native.host.build()
+    return {
+        "compiler": facts["compiler"],
+        "flags": facts["flags"],
+        "built with": f"torch {facts['torch']} on {facts['machine']}",
+        "CPU levels": f"{facts['cpu_levels']}; this CPU runs {native.host.cpu_level()}",
+        "CUDA": facts["cuda_architectures"] or "none: this version has no CUDA kernels",
+    }
+
+
+def _threads() -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "torch": f"{torch.get_num_threads()}, set by torch.set_num_threads or OMP_NUM_THREADS",
+        "cores": f"{cores} that this process may use",
+    }
+
+
+def _extras() -> dict[str, str]:
+    try:
+        requirements = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return {"unknown": f"{_DISTRIBUTION} is not installed and runs from its folder; try `pip install .` there"}
+    extras: dict[str, list[str]] = {}
+    for requirement in requirements:
+        match = re.match(r"""([\w.-]+).*extra == ['"](\w+)['"]""", requirement)
+        if match and match[1] != _DISTRIBUTION:
+            extras.setdefault(match[2], []).append(match[1])
+    return {extra: _installed(extra, packages) for extra, packages in extras.items()}
+
+
+def _installed(extra: str, packages: list[str]) -> str:
+    found, missing = [], []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        found.append(f"missing {', '.join(missing)} (pip install '{_DISTRIBUTION}[{extra}]')")
+    return ", ".join(found)

@@ -1,0 +1,145 @@
+"""`lfcc::info_nce`, its one-pass form and its gradients: schema, fake, autograd and choice of backend.
+
+The ops know two directions: rows (student_to_teacher) and symmetric. teacher_to_student is rows with the roles
+exchanged: the B positive teacher rows are the queries, the student rows the keys. Which form runs:
+
+    no gradient, or symmetric   info_nce            2 B K D FLOPs, then info_nce_grad, 4 B K D a side
+    rows, student learns        info_nce_one_pass   4 B K D FLOPs for loss and student gradient together
+    rows, teacher learns too    the same, then info_nce_grad for the teacher's side, 4 B K D
+
+Gradients of the one-pass form are of each row's own loss, so any upstream gradient is a product with them.
+Arguments are checked in `lfcc_kernels.functional`; the kernels trust them.
+"""
+
+import torch
+from torch import Tensor
+
+from lfcc_kernels.backends import eager
+from lfcc_kernels.ops.dispatch import select
+from lfcc_kernels.ops.registration import define, first_order_only, library
+
+_PAIR = (
+    "Tensor student, Tensor teacher, Tensor temperature, Tensor? student_ids, Tensor? teacher_ids, "
+    "int positive_offset"
+)
+SCHEMAS = [
+    f"info_nce({_PAIR}, bool symmetric, bool normalize) -> (Tensor losses, Tensor row_lse, Tensor col_lse)",
+    f"info_nce_one_pass({_PAIR}, bool normalize) "
+    "-> (Tensor losses, Tensor row_lse, Tensor student_grad, Tensor temperature_grad)",
+    f"info_nce_grad(Tensor grad, {_PAIR}, bool symmetric, bool normalize, Tensor row_lse, Tensor col_lse, "
+    "bool of_teacher) -> (Tensor side_grad, Tensor temperature_grad)",
+]
+define(SCHEMAS)
+
+
+def info_nce(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    positive_offset: int,
+    direction: str,
+    normalize: bool,
+) -> Tensor:
+    """Loss of each row (B,) by the backend that serves and the cheapest form for what learns."""
+    if direction == "teacher_to_student":
+        if teacher.shape[0] != student.shape[0]:
+            positives = slice(positive_offset, positive_offset + student.shape[0])
+            teacher = teacher[positives]
+            teacher_ids = None if teacher_ids is None else teacher_ids[positives]
+        student, teacher, student_ids, teacher_ids = teacher, student, teacher_ids, student_ids
+        positive_offset = 0
+    symmetric = direction == "symmetric"
+    pair = (student, teacher, temperature, student_ids, teacher_ids, positive_offset)
+    if select(student.device) == "eager":
+        return eager.info_nce(*pair, symmetric, normalize)
+    if not symmetric and torch.is_grad_enabled() and (student.requires_grad or temperature.requires_grad):
+        return torch.ops.lfcc.info_nce_one_pass(*pair, normalize)[0]
+    return torch.ops.lfcc.info_nce(*pair, symmetric, normalize)[0]
+
+
+@torch.library.register_fake("lfcc::info_nce", lib=library)
+def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, symmetric, normalize):
+    stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
+    return stats, torch.empty_like(stats), stats.new_empty(student.shape[0] if symmetric else 0)
+
+
+@torch.library.register_fake("lfcc::info_nce_one_pass", lib=library)
+def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize):
+    stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
+    return stats, torch.empty_like(stats), stats.new_empty(student.shape), torch.empty_like(stats)
+
+
+@torch.library.register_fake("lfcc::info_nce_grad", lib=library)
+def _(
+    grad, student, teacher, temperature, student_ids, teacher_ids, positive_offset, symmetric, normalize,
+    row_lse, col_lse, of_teacher,
+):  # fmt: skip
+    side = teacher if of_teacher else student
+    return side.new_empty(side.shape), torch.empty_like(temperature)
+
+
+def _setup_rows(ctx, inputs, output):
+    *pair, ctx.positive_offset, ctx.normalize = inputs
+    losses, row_lse, student_grad, temperature_grad = output
+    ctx.mark_non_differentiable(row_lse, student_grad, temperature_grad)
+    ctx.save_for_backward(*pair, row_lse, student_grad, temperature_grad)
+
+
+def _backward_rows(ctx, grad, *_):
+    student, teacher, temperature, *ids, row_lse, student_grad, temperature_grad = ctx.saved_tensors
+    inputs = [grad, student, teacher, temperature]
+    to_student = to_teacher = to_temperature = None
+    with torch.no_grad():
+        if ctx.needs_input_grad[0]:
+            to_student = (student_grad * grad[:, None]).to(student.dtype)
+        if ctx.needs_input_grad[1]:
+            to_teacher, _ = torch.ops.lfcc.info_nce_grad(
+                grad, student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
+                row_lse, row_lse.new_empty(0), True,
+            )  # fmt: skip
+        if ctx.needs_input_grad[2]:
+            to_temperature = (temperature_grad @ grad).to(temperature)
+    return (
+        first_order_only(to_student, inputs),
+        first_order_only(to_teacher, inputs),
+        first_order_only(to_temperature, inputs),
+        None, None, None, None,
+    )  # fmt: skip
+
+
+def _setup_both(ctx, inputs, output):
+    *pair, ctx.positive_offset, ctx.symmetric, ctx.normalize = inputs
+    _losses, row_lse, col_lse = output
+    ctx.mark_non_differentiable(row_lse, col_lse)
+    ctx.save_for_backward(*pair, row_lse, col_lse)
+
+
+def _backward_both(ctx, grad, *_):
+    student, teacher, temperature, *ids, row_lse, col_lse = ctx.saved_tensors
+    inputs = [grad, student, teacher, temperature]
+
+    def gradients(of_teacher: bool) -> tuple[Tensor, Tensor]:
+        return torch.ops.lfcc.info_nce_grad(
+            grad, student, teacher, temperature, *ids, ctx.positive_offset, ctx.symmetric, ctx.normalize,
+            row_lse, col_lse, of_teacher,
+        )  # fmt: skip
+
+    to_student = to_teacher = to_temperature = None
+    with torch.no_grad():
+        # Either side's pass yields the temperature's gradient, so one pass serves it.
+        if ctx.needs_input_grad[0] or (ctx.needs_input_grad[2] and not ctx.needs_input_grad[1]):
+            to_student, to_temperature = gradients(of_teacher=False)
+        if ctx.needs_input_grad[1]:
+            to_teacher, to_temperature = gradients(of_teacher=True)
+    return (
+        first_order_only(to_student if ctx.needs_input_grad[0] else None, inputs),
+        first_order_only(to_teacher, inputs),
+        first_order_only(to_temperature if ctx.needs_input_grad[2] else None, inputs),
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("lfcc::info_nce_one_pass", _backward_rows, setup_context=_setup_rows, lib=library)
+torch.library.register_autograd("lfcc::info_nce", _backward_both, setup_context=_setup_both, lib=library)
