@@ -28,31 +28,29 @@ struct Side {
   const T* data;
   int64_t count, stride, width;
   bool normalize;
-  std::vector<double> inverse;  // 1 / max(norm, EPSILON), or 1
-  std::vector<A> scale;         // the same in A, for rows used in place
-  std::vector<char> shrunk;     // norm below EPSILON
-  bool in_place = true;         // the products may read the rows as they are
+  std::vector<A> scale;      // 1 / max(norm, EPSILON), or 1
+  std::vector<char> shrunk;  // norm below EPSILON
+  bool in_place = true;      // the products may read the rows as they are
 
   Side(const T* data, int64_t count, int64_t stride, int64_t width, bool normalize)
-      : data(data), count(count), stride(stride), width(width), normalize(normalize), inverse(count, 1.0),
-        scale(count, A(1)), shrunk(count, 0) {
+      : data(data), count(count), stride(stride), width(width), normalize(normalize), scale(count, A(1)),
+        shrunk(count, 0) {
     if (normalize)
       parallel_for(std::min<int64_t>(count, MAX_UNITS), [&](int64_t begin, int64_t end) {
         const int64_t units = std::min<int64_t>(count, MAX_UNITS);
         for (int64_t row = begin * count / units; row < end * count / units; ++row) {
           const double norm = std::sqrt(tile::square_sum(data + row * stride, width));
-          inverse[row] = 1 / std::max(norm, tile::EPSILON);
-          if (std::isnan(norm)) inverse[row] = norm;
-          scale[row] = A(inverse[row]);
+          scale[row] = A(std::isnan(norm) ? norm : 1 / std::max(norm, tile::EPSILON));
           shrunk[row] = norm < tile::EPSILON;
         }
       });
     // Products of rows with extreme norms would leave float's range before the scale brings them back.
-    for (double value : inverse) in_place &= !normalize || (value > 1e-12 && value < 1e9);
+    for (A value : scale) in_place &= value > A(1e-12) && value < A(1e9);
     in_place &= std::is_same<T, A>::value && stride <= INT32_MAX;
   }
 
-  void raise(int64_t row, double by, A* out) const { tile::raise(data + row * stride, width, inverse[row] * by, out); }
+  // The unit row times `by`.
+  void raise(int64_t row, A by, A* out) const { tile::raise(data + row * stride, width, scale[row] * by, out); }
 };
 
 // What one thread needs for a block of rows against tiles of keys.
@@ -70,7 +68,7 @@ struct Workspace {
 
   // Unit rows divided by the temperature.
   void load_rows(int64_t first, int64_t m, double temperature) {
-    for (int64_t i = 0; i < m; ++i) rows.raise(first + i, 1 / temperature, units.data() + i * rows.width);
+    for (int64_t i = 0; i < m; ++i) rows.raise(first + i, A(1 / temperature), units.data() + i * rows.width);
   }
 
   // logits (m x n) of the block against keys [first, first + n).
@@ -80,7 +78,7 @@ struct Workspace {
       key_stride = keys.stride;
     }
     if (!keys.in_place) {
-      for (int64_t j = 0; j < n; ++j) keys.raise(first + j, 1, key_buffer.data() + j * keys.width);
+      for (int64_t j = 0; j < n; ++j) keys.raise(first + j, A(1), key_buffer.data() + j * keys.width);
       key_rows = key_buffer.data();
       key_stride = keys.width;
     }
@@ -101,9 +99,9 @@ struct Workspace {
 };
 
 int64_t block_rows(int64_t count, int64_t width) {
-  // At least eight blocks to share where there are rows for them, and at most 2 MiB a block.
-  const int64_t shared = (count + 7) / 8, fitting = std::max<int64_t>(32, (int64_t(1) << 19) / width);
-  return std::max<int64_t>(16, std::min({int64_t(256), (shared + 15) / 16 * 16, fitting / 16 * 16}));
+  // Fewer than 64 rows make slow products; from there on eight blocks to share, and at most 2 MiB a block.
+  const int64_t shared = (count + 7) / 8, fitting = (int64_t(1) << 19) / width;
+  return std::max<int64_t>(64, std::min({int64_t(256), (shared + 15) / 16 * 16, fitting / 16 * 16}));
 }
 
 int64_t tile_keys(int64_t count, int64_t width) {
@@ -190,7 +188,7 @@ void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, 
 
   for_shares(blocks, [&](int64_t, int64_t begin, int64_t end) {
     Workspace<T, A> work(rows, keys, block, n_tile);
-    std::vector<A> maximum(block), sum(block), positive_key(width);
+    std::vector<A> maximum(block), sum(block);
     for (int64_t first = begin * block; first < std::min(end * block, rows.count); first += block) {
       const int64_t m = std::min(block, rows.count - first);
       A* output = row_grad + first * width;  // sum of softmax weights times keys, then the gradient
@@ -206,7 +204,7 @@ void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, 
           if (pair.row_ids) leave_out(work.row(i), pair.key_ids + key, pair.row_ids[first + i], n, positive);
           if (positive >= 0 && positive < n) losses[first + i] = -work.row(i)[positive];
           const A correction = tile::online_softmax(work.row(i), n, &maximum[i], &sum[i]);
-          if (correction != 1) tile::raise(output + i * width, width, double(correction), output + i * width);
+          if (correction != 1) tile::raise(output + i * width, width, correction, output + i * width);
         }
         work.add_keys(key, m, n, output);
       }
@@ -215,10 +213,13 @@ void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, 
         A* gradient = output + i * width;
         row_lse[row] = maximum[i] + std::log(sum[i]);
         losses[row] += row_lse[row];
-        keys.raise(pair.positive_offset + row, 1, positive_key.data());
-        for (int64_t d = 0; d < width; ++d) gradient[d] = (gradient[d] / sum[i] - positive_key[d]) / temperature;
+        const int64_t positive = pair.positive_offset + row;
+        tile::less_row(
+            gradient, 1 / (sum[i] * temperature), keys.data + positive * keys.stride, keys.scale[positive] / temperature,
+            width);
+        if (keys.count == 1) std::fill(gradient, gradient + width, A(0));  // constant, but for rounding
         const A along = tile::through_norm(
-            gradient, work.units.data() + i * width, temperature, rows.inverse[row], rows.shrunk[row], pair.normalize,
+            gradient, work.units.data() + i * width, temperature, rows.scale[row], rows.shrunk[row], pair.normalize,
             width);
         temperature_grad[row] = -along / temperature;
       }
@@ -230,7 +231,7 @@ template <typename T, typename A>
 void info_nce_grad(
     const Pair<T>& pair, const A* grad, const A* row_lse, const A* col_lse, bool of_keys, T* side_grad,
     A* temperature_grad) {
-  if (pair.batch == 1 && pair.key_count == 1) {  // a constant loss, of which recomputing would leave rounding errors
+  if (pair.batch == 1 && pair.key_count == 1) {  // constant, but for rounding
     std::fill(side_grad, side_grad + pair.width, T());
     *temperature_grad = 0;
     return;
@@ -290,7 +291,7 @@ void info_nce_grad(
         A* gradient = output.data() + i * width;
         for (int64_t d = 0; d < width; ++d) gradient[d] /= temperature;
         along[row] = tile::through_norm(
-            gradient, work.units.data() + i * width, temperature, own.inverse[row], own.shrunk[row], pair.normalize,
+            gradient, work.units.data() + i * width, temperature, own.scale[row], own.shrunk[row], pair.normalize,
             width);
         tile::lower(gradient, width, side_grad + row * width);
       }

@@ -9,19 +9,35 @@ namespace lfcc::tile {
 
 constexpr double EPSILON = 1e-12;  // least norm, as torch.nn.functional.normalize
 
-// Sum of squares of a row. float32 and smaller are summed in double, so that no norm over- or underflows.
+// Sum of squares of a row, in double over runs short enough for the accumulator; a row whose squares leave its range
+// is summed in double throughout.
 template <typename T>
 LFCC_INLINE double square_sum_body(const T* row, int64_t n) {
+  constexpr int64_t RUN = 256;
   double sum = 0;
+  for (int64_t first = 0; first < n; first += RUN) {
+    acc_t<T> run = 0;
+#pragma omp simd reduction(+ : run)
+    for (int64_t d = first; d < std::min(first + RUN, n); ++d) run += load(row[d]) * load(row[d]);
+    sum += double(run);
+  }
+  if (sum > 1e-30 && sum < 1e30) return sum;
+  sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t d = 0; d < n; ++d) sum += double(load(row[d])) * double(load(row[d]));
   return sum;
 }
 
-// out = scale * row, raised to the accumulator's type. Scaled in double: 1/norm of a tiny row is no float.
+// out = scale * row, raised to the accumulator's type.
 template <typename T, typename A>
-LFCC_INLINE void raise_body(const T* row, int64_t n, double scale, A* out) {
-  for (int64_t d = 0; d < n; ++d) out[d] = A(double(load(row[d])) * scale);
+LFCC_INLINE void raise_body(const T* row, int64_t n, A scale, A* out) {
+  for (int64_t d = 0; d < n; ++d) out[d] = load(row[d]) * scale;
+}
+
+// gradient = by * gradient - scale * row: the softmax's mean of keys less the positive.
+template <typename T, typename A>
+LFCC_INLINE void less_row_body(A* gradient, A by, const T* row, A scale, int64_t n) {
+  for (int64_t d = 0; d < n; ++d) gradient[d] = by * gradient[d] - scale * load(row[d]);
 }
 
 // logits[j] *= scale[j]: keys used in place by the product are not unit rows yet.
@@ -99,14 +115,14 @@ LFCC_INLINE void both_softmaxes_body(
 // normalize divides by that constant and nothing is projected out.
 template <typename A>
 LFCC_INLINE A through_norm_body(
-    A* gradient, const A* unit, A unit_scale, double inverse, bool shrunk, bool normalize, int64_t n) {
+    A* gradient, const A* unit, A unit_scale, A inverse, bool shrunk, bool normalize, int64_t n) {
   A along = 0;
 #pragma omp simd reduction(+ : along)
   for (int64_t d = 0; d < n; ++d) along += gradient[d] * unit[d];
   along *= unit_scale;
   if (normalize) {
     const A projected = shrunk ? A(0) : along * unit_scale;
-    for (int64_t d = 0; d < n; ++d) gradient[d] = A((gradient[d] - projected * unit[d]) * inverse);
+    for (int64_t d = 0; d < n; ++d) gradient[d] = (gradient[d] - projected * unit[d]) * inverse;
   }
   return along;
 }
@@ -139,7 +155,7 @@ LFCC_INLINE void lower_body(const A* row, int64_t n, T* out) {
     both_softmaxes_body(out, logits, own_weight, own_lse, weight, lse, n);                                          \
   }                                                                                                                 \
   LFCC_CLONES A through_norm(                                                                                       \
-      A* gradient, const A* unit, A unit_scale, double inverse, bool shrunk, bool normalize, int64_t n) {           \
+      A* gradient, const A* unit, A unit_scale, A inverse, bool shrunk, bool normalize, int64_t n) {           \
     return through_norm_body(gradient, unit, unit_scale, inverse, shrunk, normalize, n);                            \
   }
 LFCC_TILE(float)
@@ -147,7 +163,10 @@ LFCC_TILE(double)
 
 #define LFCC_ROWS(T, A)                                                                                             \
   LFCC_CLONES double square_sum(const T* row, int64_t n) { return square_sum_body(row, n); }                        \
-  LFCC_CLONES void raise(const T* row, int64_t n, double scale, A* out) { raise_body(row, n, scale, out); }         \
+  LFCC_CLONES void raise(const T* row, int64_t n, A scale, A* out) { raise_body(row, n, scale, out); }              \
+  LFCC_CLONES void less_row(A* gradient, A by, const T* row, A scale, int64_t n) {                                  \
+    less_row_body(gradient, by, row, scale, n);                                                                     \
+  }                                                                                                                 \
   LFCC_CLONES void lower(const A* row, int64_t n, T* out) { lower_body(row, n, out); }
 LFCC_ROWS(double, double)
 LFCC_ROWS(float, float)

@@ -6,10 +6,7 @@
 // Bytes and FLOPs are those of lowpass_planes.h with rows and columns exchanged.
 #pragma once
 
-#include <algorithm>
-
-#include "cpu/simd.h"
-#include "lowpass.h"
+#include "cpu/lowpass_layout.h"
 
 namespace lfcc::lanes {
 
@@ -17,17 +14,7 @@ constexpr int64_t BLOCK = 512;  // channels: S rows of T stay in the first cache
 
 template <typename T>
 int64_t units(const Map<T>& map) {
-  return map.batch * ((map.channels + BLOCK - 1) / BLOCK);
-}
-
-struct Unit {
-  int64_t image, channel, width;
-};
-
-template <typename T>
-LFCC_INLINE Unit unit_at(const Map<T>& map, int64_t index) {
-  const int64_t blocks = (map.channels + BLOCK - 1) / BLOCK, channel = index % blocks * BLOCK;
-  return {index / blocks, channel, std::min(BLOCK, map.channels - channel)};
+  return units_of<BLOCK>(map);
 }
 
 // to[c] += sum_q k[q] F[q][c] over a run of pixels, four at a time so that `to` is read and written seldom.
@@ -67,19 +54,6 @@ LFCC_INLINE void sum_columns(const Axis<A>& cols, const T* row, int64_t stride_w
   }
 }
 
-// cells[c] = gradient of output cell c times the gains of its row and column.
-template <typename T, typename A>
-LFCC_INLINE void load_cells(const Filters<A>& filters, const T* grad, const Unit& unit, int64_t channels, A* cells) {
-  for (size_t s = 0; s < filters.scales.size(); ++s)
-    for (int64_t i = 0; i < filters.scales[s]; ++i)
-      for (int64_t j = 0; j < filters.scales[s]; ++j) {
-        const int64_t cell = filters.cell_offset[s] + i * filters.scales[s] + j;
-        const A gain = filters.rows.gain[filters.row_offset[s] + i] * filters.cols.gain[filters.row_offset[s] + j];
-        const T* from = grad + (unit.image * filters.cells + cell) * channels + unit.channel;
-        for (int64_t c = 0; c < unit.width; ++c) cells[cell * BLOCK + c] = gain * load(from[c]);
-      }
-}
-
 // spread[j] = sum_i R[i,h] cells[i,j], for every output column j.
 template <typename A>
 LFCC_INLINE void spread_rows(const Filters<A>& filters, const A* cells, int64_t h, int64_t n, A* spread) {
@@ -94,14 +68,18 @@ LFCC_INLINE void spread_rows(const Filters<A>& filters, const A* cells, int64_t 
     }
 }
 
-template <typename A>
-LFCC_INLINE A dot(const A* a, const A* b, int64_t n) {
-  vec<A> sum = {};
+// sums[i * stride] += <a, b_i> for N vectors b_i of up to BLOCK channels.
+template <int N, typename A>
+LFCC_INLINE void dots(const A* a, const A* b, int64_t n, A* sums, int64_t stride) {
+  vec<A> sum[N] = {};
   int64_t c = 0;
-  for (; c + LANES <= n; c += LANES) sum += load_vector(a + c) * load_vector(b + c);
-  A tail = 0;
-  for (; c < n; ++c) tail += a[c] * b[c];
-  return sum_lanes<A>(sum) + tail;
+  for (; c + LANES <= n; c += LANES)
+    for (int i = 0; i < N; ++i) sum[i] += load_vector(a + c) * load_vector(b + i * BLOCK + c);
+  for (int i = 0; i < N; ++i) {
+    A total = sum_lanes<A>(sum[i]);
+    for (int64_t rest = c; rest < n; ++rest) total += a[rest] * b[i * BLOCK + rest];
+    sums[i * stride] += total;
+  }
 }
 
 template <typename T, typename A>
@@ -109,7 +87,7 @@ LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, 
   const Axis<A>& rows = filters.rows;
   std::vector<A> sums(rows.rows * BLOCK), cells(filters.cells * BLOCK), total(BLOCK);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(x, index);
+    const Unit unit = unit_at<BLOCK>(x, index);
     const T* pixels = x.data + unit.image * x.stride_b + unit.channel;
     std::fill(cells.begin(), cells.end(), A(0));
     for (int64_t h = 0; h < x.height; ++h) {
@@ -123,14 +101,7 @@ LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, 
                 cells.data() + (cell + j) * BLOCK, weight, sums.data() + (filters.row_offset[s] + j) * BLOCK, unit.width);
         }
     }
-    for (size_t s = 0; s < filters.scales.size(); ++s)
-      for (int64_t i = 0; i < filters.scales[s]; ++i)
-        for (int64_t j = 0; j < filters.scales[s]; ++j) {
-          const int64_t cell = filters.cell_offset[s] + i * filters.scales[s] + j;
-          const A gain = rows.gain[filters.row_offset[s] + i] * filters.cols.gain[filters.row_offset[s] + j];
-          T* to = y + (unit.image * filters.cells + cell) * x.channels + unit.channel;
-          for (int64_t c = 0; c < unit.width; ++c) store(to + c, gain * cells[cell * BLOCK + c]);
-        }
+    store_cells<BLOCK>(filters, cells.data(), unit, x.channels, y);
   }
 }
 
@@ -140,8 +111,8 @@ LFCC_INLINE void input_grad_body(
   const Axis<A>& cols = filters.cols;
   std::vector<A> cells(filters.cells * BLOCK), spread(cols.rows * BLOCK), pixel(BLOCK);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(grad_x, index);
-    load_cells(filters, grad, unit, grad_x.channels, cells.data());
+    const Unit unit = unit_at<BLOCK>(grad_x, index);
+    load_cells<BLOCK>(filters, grad, unit, grad_x.channels, cells.data());
     for (int64_t h = 0; h < grad_x.height; ++h) {
       spread_rows(filters, cells.data(), h, unit.width, spread.data());
       T* row = grad_x.data + unit.image * grad_x.stride_b + unit.channel + h * grad_x.stride_h;
@@ -166,8 +137,8 @@ LFCC_INLINE void filter_grad_body(
   const Axis<A>&rows = filters.rows, &cols = filters.cols;
   std::vector<A> cells(filters.cells * BLOCK), sums(cols.rows * BLOCK), spread(cols.rows * BLOCK), pixel(BLOCK);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(x, index);
-    load_cells(filters, grad, unit, x.channels, cells.data());
+    const Unit unit = unit_at<BLOCK>(x, index);
+    load_cells<BLOCK>(filters, grad, unit, x.channels, cells.data());
     const T* pixels = x.data + unit.image * x.stride_b + unit.channel;
     for (int64_t h = 0; h < x.height; ++h) {
       sum_columns(cols, pixels + h * x.stride_h, x.stride_w, unit.width, sums.data(), pixel.data());
@@ -176,33 +147,24 @@ LFCC_INLINE void filter_grad_body(
       for (size_t s = 0; s < filters.scales.size(); ++s)
         for (int64_t i = 0; i < filters.scales[s]; ++i)
           for (int64_t j = 0; j < filters.scales[s]; ++j)
-            grad_rows[(filters.row_offset[s] + i) * rows.size + h] +=
-                dot(cells.data() + (filters.cell_offset[s] + i * filters.scales[s] + j) * BLOCK,
-                    sums.data() + (filters.row_offset[s] + j) * BLOCK, unit.width);
+            dots<1>(
+                cells.data() + (filters.cell_offset[s] + i * filters.scales[s] + j) * BLOCK,
+                sums.data() + (filters.row_offset[s] + j) * BLOCK, unit.width,
+                grad_rows + (filters.row_offset[s] + i) * rows.size + h, 0);
       // dK[j,w] += <F[h,w], Z_j>
       for (int64_t w = 0; w < x.width; ++w) {
         for (int64_t c = 0; c < unit.width; ++c) pixel[c] = load(pixels[h * x.stride_h + w * x.stride_w + c]);
-        for (int64_t j = 0; j < cols.rows; ++j)
-          grad_cols[j * cols.size + w] += dot(pixel.data(), spread.data() + j * BLOCK, unit.width);
+        for_runs(cols.rows, [&](auto n, int64_t j) LFCC_INLINE_LAMBDA {
+          dots<n>(pixel.data(), spread.data() + j * BLOCK, unit.width, grad_cols + j * cols.size + w, cols.size);
+        });
       }
     }
   }
 }
 
-#define LFCC_LANES(T, A)                                                                                             \
-  LFCC_CLONES void forward(const Filters<A>& f, const Map<const T>& x, T* y, int64_t begin, int64_t end) {           \
-    forward_body(f, x, y, begin, end);                                                                               \
-  }                                                                                                                  \
-  LFCC_CLONES void input_grad(const Filters<A>& f, const T* grad, const Map<T>& x, int64_t begin, int64_t end) {     \
-    input_grad_body(f, grad, x, begin, end);                                                                         \
-  }                                                                                                                  \
-  LFCC_CLONES void filter_grad(                                                                                      \
-      const Filters<A>& f, const T* grad, const Map<const T>& x, A* rows, A* cols, int64_t begin, int64_t end) {     \
-    filter_grad_body(f, grad, x, rows, cols, begin, end);                                                            \
-  }
-LFCC_LANES(double, double)
-LFCC_LANES(float, float)
-LFCC_LANES(BFloat16, float)
-LFCC_LANES(Half, float)
+LFCC_LOWPASS_LAYOUT(double, double)
+LFCC_LOWPASS_LAYOUT(float, float)
+LFCC_LOWPASS_LAYOUT(BFloat16, float)
+LFCC_LOWPASS_LAYOUT(Half, float)
 
 }  // namespace lfcc::lanes

@@ -12,26 +12,13 @@
 // so forward and input grad are bound by memory.
 #pragma once
 
-#include <algorithm>
-
-#include "cpu/simd.h"
-#include "lowpass.h"
+#include "cpu/lowpass_layout.h"
 
 namespace lfcc::planes {
 
 template <typename T>
 int64_t units(const Map<T>& map) {
-  return map.batch * ((map.channels + LANES - 1) / LANES);
-}
-
-struct Unit {
-  int64_t image, channel, width;  // the first channel and how many of LANES exist
-};
-
-template <typename T>
-LFCC_INLINE Unit unit_at(const Map<T>& map, int64_t index) {
-  const int64_t blocks = (map.channels + LANES - 1) / LANES, channel = index % blocks * LANES;
-  return {index / blocks, channel, std::min(LANES, map.channels - channel)};
+  return units_of<LANES>(map);
 }
 
 // Rows of a plane in the accumulator's type; vectors may be read up to seven values past the end of each row.
@@ -53,24 +40,6 @@ LFCC_INLINE Rows<A> plane_rows(const Map<const T>& x, int64_t image, int64_t cha
   for (int64_t h = 0; h < x.height; ++h)
     for (int64_t w = 0; w < x.width; ++w) scratch[h * x.width + w] = load(plane[h * x.stride_h + w]);
   return {scratch, x.width};
-}
-
-// Calls body(N, w) for runs of N vectors that cover [0, padded), from right to left. Rows of up to eight vectors are one
-// run, so that a plane is read and written in one stream; N is known to the compiler, and its sums stay in registers.
-template <typename Body>
-LFCC_INLINE void for_chunks(int64_t padded, const Body& body) {
-  int64_t left = padded / LANES;
-  for (; left > 8; left -= 8) body(std::integral_constant<int, 8>(), (left - 8) * LANES);
-  switch (left) {
-    case 1: return body(std::integral_constant<int, 1>(), 0);
-    case 2: return body(std::integral_constant<int, 2>(), 0);
-    case 3: return body(std::integral_constant<int, 3>(), 0);
-    case 4: return body(std::integral_constant<int, 4>(), 0);
-    case 5: return body(std::integral_constant<int, 5>(), 0);
-    case 6: return body(std::integral_constant<int, 6>(), 0);
-    case 7: return body(std::integral_constant<int, 7>(), 0);
-    case 8: return body(std::integral_constant<int, 8>(), 0);
-  }
 }
 
 // Asks for memory that is read next (often the next plane), while this one is summed; beyond a tensor it does nothing.
@@ -103,8 +72,9 @@ LFCC_INLINE void sum_rows_chunk(const Axis<A>& axis, const Rows<A>& rows, int64_
 template <typename A>
 LFCC_INLINE void sum_rows(const Axis<A>& axis, const Rows<A>& rows, int64_t padded, A* sums) {
   std::fill(sums, sums + axis.rows * padded, A(0));
-  for_chunks(padded, [&](auto n, int64_t w) LFCC_INLINE_LAMBDA {
-    sum_rows_chunk<n>(axis, Rows<A>{rows.data + w, rows.stride}, padded, sums + w);
+  // Rows of up to eight vectors are one run, so that a plane is read in one stream.
+  for_runs(padded / LANES, [&](auto n, int64_t v) LFCC_INLINE_LAMBDA {
+    sum_rows_chunk<n>(axis, Rows<A>{rows.data + v * LANES, rows.stride}, padded, sums + v * LANES);
   });
 }
 
@@ -134,26 +104,9 @@ LFCC_INLINE void spread_rows_chunk(
 template <typename A>
 LFCC_INLINE void spread_rows(const Axis<A>& axis, const A* spread, int64_t padded, A* plane, int64_t width) {
   for (const Segment& segment : axis.segments)
-    for_chunks(padded, [&](auto n, int64_t w) LFCC_INLINE_LAMBDA {
-      spread_rows_chunk<n>(axis, segment, spread + w, padded, plane + w, width);
+    for_runs(padded / LANES, [&](auto n, int64_t v) LFCC_INLINE_LAMBDA {
+      spread_rows_chunk<n>(axis, segment, spread + v * LANES, padded, plane + v * LANES, width);
     });
-}
-
-// cells[c] = gradient of output cell c, a channel a lane, times the gains of its row and column.
-template <typename T, typename A>
-LFCC_INLINE void load_cells(const Filters<A>& filters, const T* grad, const Unit& unit, int64_t channels, A* cells) {
-  std::fill(cells, cells + filters.cells * LANES, A(0));
-  for (size_t s = 0; s < filters.scales.size(); ++s)
-    for (int64_t i = 0; i < filters.scales[s]; ++i)
-      for (int64_t j = 0; j < filters.scales[s]; ++j) {
-        const int64_t cell = filters.cell_offset[s] + i * filters.scales[s] + j;
-        const A gain = filters.rows.gain[filters.row_offset[s] + i] * filters.cols.gain[filters.row_offset[s] + j];
-        const T* from = grad + (unit.image * filters.cells + cell) * channels + unit.channel;
-        if (unit.width == LANES)
-          for (int64_t lane = 0; lane < LANES; ++lane) cells[cell * LANES + lane] = gain * load(from[lane]);
-        else
-          for (int64_t lane = 0; lane < unit.width; ++lane) cells[cell * LANES + lane] = gain * load(from[lane]);
-      }
 }
 
 // spread[p][i][w] = sum_j K[j,w] cells[i,j] of channel p, for w below `padded` (zero from the map's width on).
@@ -184,7 +137,7 @@ LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, 
   const int64_t padded = (x.width + LANES - 1) / LANES * LANES;
   std::vector<A> scratch(x.height * x.width + LANES), sums(LANES * cols.rows * padded), cells(filters.cells * LANES);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(x, index);
+    const Unit unit = unit_at<LANES>(x, index);
     for (int64_t p = 0; p < unit.width; ++p)
       sum_rows(filters.rows, plane_rows(x, unit.image, unit.channel + p, scratch.data()), padded,
                sums.data() + p * cols.rows * padded);
@@ -206,13 +159,8 @@ LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, 
             }
           }
         }
-        for (int64_t j = 0; j < filters.scales[s]; ++j) {
-          const int64_t cell = filters.cell_offset[s] + i * filters.scales[s] + j;
-          const A gain = filters.rows.gain[row] * cols.gain[filters.row_offset[s] + j];
-          T* to = y + (unit.image * filters.cells + cell) * x.channels + unit.channel;
-          for (int64_t lane = 0; lane < unit.width; ++lane) store(to + lane, gain * row_cells[j * LANES + lane]);
-        }
       }
+    store_cells<LANES>(filters, cells.data(), unit, x.channels, y);
   }
 }
 
@@ -225,8 +173,8 @@ LFCC_INLINE void input_grad_body(
   const int64_t together = std::max<int64_t>(1, std::min(LANES, 2048 / size));
   std::vector<A> planes(together * size + LANES), spread(LANES * rows.rows * padded), cells(filters.cells * LANES);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(grad_x, index);
-    load_cells(filters, grad, unit, grad_x.channels, cells.data());
+    const Unit unit = unit_at<LANES>(grad_x, index);
+    load_cells<LANES>(filters, grad, unit, grad_x.channels, cells.data());
     spread_columns(filters, cells.data(), padded, spread.data());
     for (int64_t p = 0; p < unit.width; p += together) {
       const int64_t count = std::min(together, unit.width - p);
@@ -240,6 +188,21 @@ LFCC_INLINE void input_grad_body(
   stream_fence();
 }
 
+// sums[i] += row * others[i], lane by lane, for N rows.
+template <int N, typename A>
+LFCC_INLINE void dot_rows(
+    const A* row, const A* others, int64_t stride, int64_t width, A* sums, int64_t sums_stride) {
+  vec<A> sum[N];
+  for (int i = 0; i < N; ++i) sum[i] = load_vector(sums + i * sums_stride);
+  for (int64_t w = 0; w < width; w += LANES) {
+    vec<A> values = load_vector(row + w);
+    // Values past the row may be anything, NaN too, so they are cut off and not multiplied by zero.
+    if (w + LANES > width) values = first_lanes<A>(values, width - w);
+    for (int i = 0; i < N; ++i) sum[i] += values * load_vector(others + i * stride + w);
+  }
+  for (int i = 0; i < N; ++i) store_vector(sums + i * sums_stride, sum[i]);
+}
+
 template <typename T, typename A>
 LFCC_INLINE void filter_grad_body(
     const Filters<A>& filters, const T* grad, const Map<const T>& x, A* grad_rows, A* grad_cols, int64_t begin,
@@ -248,8 +211,8 @@ LFCC_INLINE void filter_grad_body(
   std::vector<A> scratch(x.height * x.width + LANES), sums(rows * padded), spread(LANES * rows * padded);
   std::vector<A> cells(filters.cells * LANES), row_lanes(rows * x.height * LANES), col_sums(rows * padded);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(x, index);
-    load_cells(filters, grad, unit, x.channels, cells.data());
+    const Unit unit = unit_at<LANES>(x, index);
+    load_cells<LANES>(filters, grad, unit, x.channels, cells.data());
     spread_columns(filters, cells.data(), padded, spread.data());
     for (int64_t p = 0; p < unit.width; ++p) {
       const Rows<A> plane = plane_rows(x, unit.image, unit.channel + p, scratch.data());
@@ -265,19 +228,12 @@ LFCC_INLINE void filter_grad_body(
               store_vector(to + w, load_vector(to + w) + weight * load_vector(from + w));
           }
       // dR[i,h] += <F[h,:], V_i>, kept a lane a residue of w until the end
-      for (int64_t h = 0; h < x.height; ++h) {
-        const A* row = plane.data + h * plane.stride;
-        for (int64_t i = 0; i < rows; ++i) {
-          const A* v = spread.data() + (p * rows + i) * padded;
-          A* to = row_lanes.data() + (i * x.height + h) * LANES;
-          vec<A> sum = load_vector(to);
-          int64_t w = 0;
-          for (; w + LANES <= x.width; w += LANES) sum += load_vector(row + w) * load_vector(v + w);
-          // Values past the row may be anything, NaN too, so they are cut off and not multiplied by zero.
-          if (w < x.width) sum += first_lanes<A>(load_vector(row + w), x.width - w) * load_vector(v + w);
-          store_vector(to, sum);
-        }
-      }
+      for (int64_t h = 0; h < x.height; ++h)
+        for_runs(rows, [&](auto n, int64_t i) LFCC_INLINE_LAMBDA {
+          dot_rows<n>(
+              plane.data + h * plane.stride, spread.data() + (p * rows + i) * padded, padded, x.width,
+              row_lanes.data() + (i * x.height + h) * LANES, x.height * LANES);
+        });
     }
   }
   for (int64_t k = 0; k < rows * x.height; ++k) grad_rows[k] += sum_lanes<A>(load_vector(row_lanes.data() + k * LANES));
@@ -285,20 +241,9 @@ LFCC_INLINE void filter_grad_body(
     for (int64_t w = 0; w < x.width; ++w) grad_cols[j * x.width + w] += col_sums[j * padded + w];
 }
 
-#define LFCC_PLANES(T, A)                                                                                            \
-  LFCC_CLONES void forward(const Filters<A>& f, const Map<const T>& x, T* y, int64_t begin, int64_t end) {           \
-    forward_body(f, x, y, begin, end);                                                                               \
-  }                                                                                                                  \
-  LFCC_CLONES void input_grad(const Filters<A>& f, const T* grad, const Map<T>& x, int64_t begin, int64_t end) {     \
-    input_grad_body(f, grad, x, begin, end);                                                                         \
-  }                                                                                                                  \
-  LFCC_CLONES void filter_grad(                                                                                      \
-      const Filters<A>& f, const T* grad, const Map<const T>& x, A* rows, A* cols, int64_t begin, int64_t end) {     \
-    filter_grad_body(f, grad, x, rows, cols, begin, end);                                                            \
-  }
-LFCC_PLANES(double, double)
-LFCC_PLANES(float, float)
-LFCC_PLANES(BFloat16, float)
-LFCC_PLANES(Half, float)
+LFCC_LOWPASS_LAYOUT(double, double)
+LFCC_LOWPASS_LAYOUT(float, float)
+LFCC_LOWPASS_LAYOUT(BFloat16, float)
+LFCC_LOWPASS_LAYOUT(Half, float)
 
 }  // namespace lfcc::planes

@@ -101,6 +101,23 @@ LFCC_INLINE A sum_lanes(const vec<A>& v) {
   return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
+// Calls body(N, first) for runs of up to eight that cover [0, count), the last run first; N is known to the compiler,
+// so that N sums stay in registers, and their chains of additions overlap.
+template <typename Body>
+LFCC_INLINE void for_runs(int64_t count, const Body& body) {
+  for (; count > 8; count -= 8) body(std::integral_constant<int, 8>(), count - 8);
+  switch (count) {
+    case 1: return body(std::integral_constant<int, 1>(), 0);
+    case 2: return body(std::integral_constant<int, 2>(), 0);
+    case 3: return body(std::integral_constant<int, 3>(), 0);
+    case 4: return body(std::integral_constant<int, 4>(), 0);
+    case 5: return body(std::integral_constant<int, 5>(), 0);
+    case 6: return body(std::integral_constant<int, 6>(), 0);
+    case 7: return body(std::integral_constant<int, 7>(), 0);
+    case 8: return body(std::integral_constant<int, 8>(), 0);
+  }
+}
+
 // v with all but its first n lanes set to zero, whatever they held.
 template <typename A>
 LFCC_INLINE vec<A> first_lanes(const vec<A>& v, int64_t n) {
