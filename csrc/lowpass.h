@@ -36,7 +36,8 @@ struct Axis {
   std::vector<A> weights, gain;      // rows x size; of each row
   std::vector<int64_t> first, last;  // scales x size: the rows [first, last) of a scale that may cover a position
   std::vector<Segment> segments;
-  bool uniform;  // the average: all weights in the supports are 1
+  bool uniform;  // the average: all weights in the supports are 1, and a support is the segments [from, to)
+  std::vector<int64_t> from, to;
 };
 
 template <typename A>

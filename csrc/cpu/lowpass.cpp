@@ -48,6 +48,12 @@ Axis<A> make_axis(const std::vector<int64_t>& scales, const A* matrix, int64_t s
     if (position == 0 || rows != axis.segments.back().rows) axis.segments.push_back({position, position, rows});
     axis.segments.back().end = position + 1;
   }
+  axis.from.assign(axis.rows, 0), axis.to.assign(axis.rows, 0);
+  for (size_t segment = axis.segments.size(); segment-- > 0;)
+    for (int64_t row : axis.segments[segment].rows) {
+      if (axis.to[row] == 0) axis.to[row] = segment + 1;
+      axis.from[row] = segment;
+    }
   return axis;
 }
 

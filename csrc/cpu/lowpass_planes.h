@@ -48,22 +48,31 @@ LFCC_INLINE void prefetch(const A* data, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(A))) __builtin_prefetch(data + i);
 }
 
-// sums[i][w] = sum_h R[i,h] rows[h][w] for N vectors of columns; the average adds each segment of rows up once.
+// How many rows of column sums a plane leaves: one a segment for the average, else one a row of the filters.
+template <typename A>
+LFCC_INLINE int64_t sum_count(const Axis<A>& axis) {
+  return axis.uniform ? int64_t(axis.segments.size()) : axis.rows;
+}
+
+// sums[i][w] = sum_h R[i,h] rows[h][w] for N vectors of columns; of the average, the sums of the segments.
 template <int N, typename A>
 LFCC_INLINE void sum_rows_chunk(const Axis<A>& axis, const Rows<A>& rows, int64_t padded, A* sums) {
-  for (const Segment& segment : axis.segments) {
+  for (size_t index = 0; index < axis.segments.size(); ++index) {
+    const Segment& segment = axis.segments[index];
     prefetch(rows.data + (segment.begin + axis.size) * rows.stride, (segment.end - segment.begin) * rows.stride);
-    vec<A> total[N] = {};
-    if (axis.uniform)
+    if (axis.uniform) {
+      vec<A> sum[N] = {};
       for (int64_t h = segment.begin; h < segment.end; ++h)
-        for (int k = 0; k < N; ++k) total[k] += load_vector(rows.data + h * rows.stride + k * LANES);
+        for (int k = 0; k < N; ++k) sum[k] += load_vector(rows.data + h * rows.stride + k * LANES);
+      for (int k = 0; k < N; ++k) store_vector(sums + index * padded + k * LANES, sum[k]);
+      continue;
+    }
     for (int64_t i : segment.rows) {
       const A* weights = axis.weights.data() + i * axis.size;
       vec<A> sum[N];
-      for (int k = 0; k < N; ++k) sum[k] = load_vector(sums + i * padded + k * LANES) + total[k];
-      if (!axis.uniform)
-        for (int64_t h = segment.begin; h < segment.end; ++h)
-          for (int k = 0; k < N; ++k) sum[k] += weights[h] * load_vector(rows.data + h * rows.stride + k * LANES);
+      for (int k = 0; k < N; ++k) sum[k] = load_vector(sums + i * padded + k * LANES);
+      for (int64_t h = segment.begin; h < segment.end; ++h)
+        for (int k = 0; k < N; ++k) sum[k] += weights[h] * load_vector(rows.data + h * rows.stride + k * LANES);
       for (int k = 0; k < N; ++k) store_vector(sums + i * padded + k * LANES, sum[k]);
     }
   }
@@ -71,11 +80,77 @@ LFCC_INLINE void sum_rows_chunk(const Axis<A>& axis, const Rows<A>& rows, int64_
 
 template <typename A>
 LFCC_INLINE void sum_rows(const Axis<A>& axis, const Rows<A>& rows, int64_t padded, A* sums) {
-  std::fill(sums, sums + axis.rows * padded, A(0));
+  if (!axis.uniform) std::fill(sums, sums + axis.rows * padded, A(0));
   // Rows of up to eight vectors are one run, so that a plane is read in one stream.
   for_runs(padded / LANES, [&](auto n, int64_t v) LFCC_INLINE_LAMBDA {
     sum_rows_chunk<n>(axis, Rows<A>{rows.data + v * LANES, rows.stride}, padded, sums + v * LANES);
   });
+}
+
+// Columns [w, w + 8) of row `row` of the sums of eight planes, a plane a lane.
+template <typename A>
+LFCC_INLINE void load_columns(const A* sums, int64_t count, int64_t padded, int64_t row, int64_t w, vec<A> (&block)[8]) {
+  for (int64_t p = 0; p < LANES; ++p) block[p] = load_vector(sums + (p * count + row) * padded + w);
+  transpose8x8<A>(block);
+}
+
+// cells[i,j] = sum_w K[j,w] sums[i][w], a channel a lane.
+template <typename A>
+LFCC_INLINE void sum_columns(const Filters<A>& filters, const A* sums, int64_t padded, A* cells) {
+  const Axis<A>& cols = filters.cols;
+  std::fill(cells, cells + filters.cells * LANES, A(0));
+  for (size_t s = 0; s < filters.scales.size(); ++s)
+    for (int64_t i = 0; i < filters.scales[s]; ++i) {
+      A* row_cells = cells + (filters.cell_offset[s] + i * filters.scales[s]) * LANES;
+      for (int64_t w = 0; w < padded; w += LANES) {
+        vec<A> block[8];
+        load_columns(sums, filters.rows.rows, padded, filters.row_offset[s] + i, w, block);
+        for (int64_t k = 0; k < LANES && w + k < cols.size; ++k) {
+          const int64_t at = s * cols.size + w + k;
+          for (int64_t j = cols.first[at]; j < cols.last[at]; ++j) {
+            A* cell = row_cells + (j - filters.row_offset[s]) * LANES;
+            store_vector(cell, load_vector(cell) + cols.weights[j * cols.size + w + k] * block[k]);
+          }
+        }
+      }
+    }
+}
+
+// The same for the average: every rectangle between segments is summed once, and windows are sums of rectangles.
+template <typename A>
+LFCC_INLINE void sum_rectangles(const Filters<A>& filters, const A* sums, int64_t padded, A* rectangles, A* cells) {
+  const Axis<A>&rows = filters.rows, &cols = filters.cols;
+  const int64_t down = rows.segments.size(), across = cols.segments.size();
+  for (int64_t r = 0; r < down; ++r) {
+    vec<A> sum = {};
+    int64_t c = 0;
+    for (int64_t w = 0; w < padded; w += LANES) {
+      vec<A> block[8];
+      load_columns(sums, down, padded, r, w, block);
+      for (int64_t k = 0; k < LANES && w + k < cols.size; ++k) {
+        sum += block[k];
+        if (w + k + 1 < cols.segments[c].end) continue;
+        store_vector(rectangles + (r * across + c++) * LANES, sum);
+        sum = vec<A>{};
+      }
+    }
+  }
+  A* band = rectangles + down * across * LANES;  // the rectangles of one row of windows, added up
+  for (size_t s = 0; s < filters.scales.size(); ++s)
+    for (int64_t i = 0; i < filters.scales[s]; ++i) {
+      const int64_t row = filters.row_offset[s] + i;
+      for (int64_t c = 0; c < across; ++c) {
+        vec<A> sum = {};
+        for (int64_t r = rows.from[row]; r < rows.to[row]; ++r) sum += load_vector(rectangles + (r * across + c) * LANES);
+        store_vector(band + c * LANES, sum);
+      }
+      for (int64_t j = 0; j < filters.scales[s]; ++j) {
+        const int64_t col = filters.row_offset[s] + j;
+        vec<A> sum = {};
+        for (int64_t c = cols.from[col]; c < cols.to[col]; ++c) sum += load_vector(band + c * LANES);
+        store_vector(cells + (filters.cell_offset[s] + i * filters.scales[s] + j) * LANES, sum);
+      }
+    }
 }
 
 // plane[h][w] = sum_i R[i,h] spread[i][w] for N vectors of columns of a segment of rows.
@@ -133,33 +208,18 @@ LFCC_INLINE void spread_columns(const Filters<A>& filters, const A* cells, int64
 
 template <typename T, typename A>
 LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, T* y, int64_t begin, int64_t end) {
-  const Axis<A>& cols = filters.cols;
-  const int64_t padded = (x.width + LANES - 1) / LANES * LANES;
-  std::vector<A> scratch(x.height * x.width + LANES), sums(LANES * cols.rows * padded), cells(filters.cells * LANES);
+  const Axis<A>&rows = filters.rows, &cols = filters.cols;
+  const int64_t padded = (x.width + LANES - 1) / LANES * LANES, count = sum_count(rows);
+  std::vector<A> scratch(x.height * x.width + LANES), sums(LANES * count * padded), cells(filters.cells * LANES);
+  std::vector<A> rectangles((rows.segments.size() + 1) * cols.segments.size() * LANES);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_at<LANES>(x, index);
     for (int64_t p = 0; p < unit.width; ++p)
-      sum_rows(filters.rows, plane_rows(x, unit.image, unit.channel + p, scratch.data()), padded,
-               sums.data() + p * cols.rows * padded);
-    std::fill(cells.begin(), cells.end(), A(0));
-    for (size_t s = 0; s < filters.scales.size(); ++s)
-      for (int64_t i = 0; i < filters.scales[s]; ++i) {
-        const int64_t row = filters.row_offset[s] + i;
-        A* row_cells = cells.data() + (filters.cell_offset[s] + i * filters.scales[s]) * LANES;
-        for (int64_t w = 0; w < padded; w += LANES) {
-          vec<A> block[8];
-          for (int64_t p = 0; p < LANES; ++p)
-            block[p] = load_vector(sums.data() + (p * cols.rows + row) * padded + w);
-          transpose8x8<A>(block);
-          for (int64_t k = 0; k < LANES && w + k < x.width; ++k) {
-            const int64_t at = s * cols.size + w + k;
-            for (int64_t j = cols.first[at]; j < cols.last[at]; ++j) {
-              A* cell = row_cells + (j - filters.row_offset[s]) * LANES;
-              store_vector(cell, load_vector(cell) + cols.weights[j * cols.size + w + k] * block[k]);
-            }
-          }
-        }
-      }
+      sum_rows(rows, plane_rows(x, unit.image, unit.channel + p, scratch.data()), padded, sums.data() + p * count * padded);
+    if (rows.uniform)
+      sum_rectangles(filters, sums.data(), padded, rectangles.data(), cells.data());
+    else
+      sum_columns(filters, sums.data(), padded, cells.data());
     store_cells<LANES>(filters, cells.data(), unit, x.channels, y);
   }
 }

@@ -13,7 +13,7 @@ def _load_kernels() -> str:
     libraries = sorted(PACKAGE.glob("_C*.so"))
     if not libraries:
         return (
-            "the compiled library lfcc_kernels/_C is missing; install a C++ compiler (g++ 9 or newer) and run "
+            "the compiled library lfcc_kernels/_C is missing; install a C++ compiler (g++ 12 or newer) and run "
             "`pip install --no-build-isolation .` again"
         )
     try:
