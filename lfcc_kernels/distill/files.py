@@ -1,0 +1,30 @@
+"""Files that are either the old one or the new one, never half of one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file to write that takes the place of `path` when the block ends without an exception."""
+    path = Path(path)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: str | Path) -> None:
+    """Delete what a killed process left half-written in `folder`."""
+    for temporary in Path(folder).glob(f"{_TEMPORARY}*"):
+        temporary.unlink()

