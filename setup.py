@@ -1,6 +1,6 @@
 """Builds the two compiled parts of the package; everything else is in pyproject.toml.
 
-`lfcc_kernels._C`     the kernels, on libtorch's stable ABI: one file serves torch 2.11 to 2.14 and all Pythons.
+`lfcc_kernels._C`     the kernels, on libtorch's stable ABI: one file serves torch 2.11 to 2.14, any Python.
 `lfcc_kernels._host`  facts about the build and this CPU, with pybind11 and no torch header, for one Python.
 
 Without a C++ compiler neither is built, the package installs all the same and runs on the `eager` backend.
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# No -march: csrc/cpu/clones.h compiles functions for several CPU levels, and the loader picks one. The two -fno
-# flags let loops with exp and comparisons vectorise; unlike -ffast-math they keep NaN and infinity.
+# No -march: csrc/cpu/clones.h compiles functions for several CPU levels, and the loader picks one. The two
+# -fno flags let loops with exp and comparisons vectorise; unlike -ffast-math they keep NaN and infinity.
 CXX_FLAGS = [
     *("-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
     *("-fvisibility=hidden", "-Wall", "-Wno-psabi"),

@@ -1,4 +1,4 @@
-"""What `lfcc info` prints: versions, which backends serve here and why not, what was built, what is missing."""
+"""What `lfcc info` prints: versions, backends and why not, what was built, what is missing."""
 
 import importlib.metadata
 import os
@@ -52,7 +52,7 @@ def _build() -> dict[str, str]:
     if native.missing:
         return {"none": "see backend cpu"}
     if native.host is None:
-        return {"unknown": "lfcc_kernels/_host, which knows, is missing or of another Python; no kernel needs it"}
+        return {"unknown": "lfcc_kernels/_host is missing or of another Python; no kernel needs it"}
     facts = native.host.build()
     return {
         "compiler": facts["compiler"],
@@ -75,7 +75,7 @@ def _extras() -> dict[str, str]:
     try:
         requirements = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        return {"unknown": f"{_DISTRIBUTION} is not installed and runs from its folder; try `pip install .` there"}
+        return {"unknown": f"{_DISTRIBUTION} is not installed, it runs from its folder; try `pip install .`"}
     extras: dict[str, list[str]] = {}
     for requirement in requirements:
         match = re.match(r"""([\w.-]+).*extra == ['"](\w+)['"]""", requirement)

@@ -36,7 +36,8 @@ def random_teacher() -> torch.nn.Module:
 
 
 def test_whole_demonstration(tmp_path, capsys):
-    page = demo.demonstrate(brightness(60, 0), brightness(30, 1), random_teacher(), tmp_path / "out", SETTING)
+    teacher = random_teacher()
+    page = demo.demonstrate(brightness(60, 0), brightness(30, 1), teacher, tmp_path / "out", SETTING)
     printed = capsys.readouterr().out
     table = printed[printed.index("test accuracy") :]
     for arm in ARMS:
@@ -49,6 +50,7 @@ def test_whole_demonstration(tmp_path, capsys):
     assert "teacher looks at 40 photographs: 100%" in printed
     assert "One seed" in printed
     assert str(page) in printed
+    assert not any(module.training for module in teacher.modules())
     for name in ("accuracy", "terms", "predictions", "pyramids", "similarities"):
         assert (page.parent / f"{name}.png").is_file()
     steps = {arm.folder: read_csv(page.parent / arm.folder / "steps.csv")[0] for arm in ARMS}

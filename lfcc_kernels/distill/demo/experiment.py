@@ -38,7 +38,7 @@ class Setting:
     labelled: int = 1_000
     pool: int = 20_000
     watched: int = 2_000
-    epochs: int = 8
+    epochs: int = 7
     updates: int = 100
     batch_size: int = 64
     lr: float = 2e-3
@@ -167,12 +167,9 @@ class Experiment:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Images) -> Tensor:
-    """The class of each image, (N,), in evaluation mode."""
-    training = model.training
+    """The class of each image, (N,). Leaves `model` in evaluation mode; `fit` sets its own."""
     model.eval()
-    classes = torch.cat([model(batch).argmax(dim=1) for batch in images.batches(500)])
-    model.train(training)
-    return classes
+    return torch.cat([model(batch).argmax(dim=1) for batch in images.batches(500)])
 
 
 def accuracy(model: nn.Module, images: Images) -> float:

@@ -11,14 +11,14 @@ from lfcc_kernels.distill.report import Picture
 
 from .experiment import Experiment, Outcome
 
-_STAGE = 3  # of the four: the deepest
+_STAGE = 2  # of four, at stride 16 of the teacher
 _GALLERY = 256  # test images among which a student looks for the teacher's view of its own
 
 
 def predictions(experiment: Experiment, outcomes: Sequence[Outcome], classes: Sequence[str]) -> Picture:
     """The first test images with what each student takes them for."""
     count = 10
-    figure = Figure(figsize=(10, 1.6), layout="constrained")
+    figure = Figure(figsize=(10, 2), layout="constrained")
     for index, axes in enumerate(figure.subplots(1, count)):
         truth = experiment.test.labels[index]
         axes.imshow(experiment.test.pixels[index].permute(1, 2, 0).numpy())
@@ -44,31 +44,28 @@ def low_frequencies(experiment: Experiment, outcome: Outcome) -> list[Picture]:
     lfcc = outcome.distiller.lfcc.eval()
     teacher = lfcc.teacher_pyramids(experiment.teacher(images)[1])[_STAGE]
     student = lfcc.student_pyramids(outcome.distiller.student.eval()(images)[1])[_STAGE]
-    cells = [scale * scale for scale in experiment.setting.scales]
-    scales = list(
-        zip(experiment.setting.scales, teacher.split(cells, dim=1), student.split(cells, dim=1), strict=True)
-    )
-    return [_pyramids(experiment, scales), _similarities(scales)]
+    return [_pyramids(experiment, teacher, student), _similarities(experiment, teacher, student)]
 
 
-def _pyramids(experiment: Experiment, scales: Sequence[tuple[int, Tensor, Tensor]]) -> Picture:
-    rows = 6
-    figure = Figure(figsize=(10, 1.1 * rows), layout="constrained")
-    grid = figure.subplots(rows, 1 + 3 * len(scales))
+def _pyramids(experiment: Experiment, teacher: Tensor, student: Tensor) -> Picture:
+    rows, scales = 6, experiment.setting.scales
     pixels = experiment.test.pixels[:rows].float() / 255
-    columns: list[tuple[str, Tensor]] = [("photograph", pixels)]
-    finest_first = scales[::-1]
-    columns += [(f"pixels {s}x{s}", F.adaptive_avg_pool2d(pixels, s)) for s, _, _ in finest_first]
-    colors = [(s, *_colors(teacher, student)) for s, teacher, student in finest_first]
-    columns += [(f"teacher {s}x{s}", _as_map(teacher[:rows], s)) for s, teacher, _ in colors]
-    columns += [(f"student {s}x{s}", _as_map(student[:rows], s)) for s, _, student in colors]
-    for column, (title, maps) in zip(grid.T, columns, strict=True):
+    teacher, student = (_by_scale(side[:rows], scales) for side in _colors(teacher, student))
+    columns = [("photograph", pixels)]
+    for scale, taught, learned in reversed(list(zip(scales, teacher, student, strict=True))):
+        columns += [
+            (f"pixels {scale}x{scale}", F.adaptive_avg_pool2d(pixels, scale)),
+            ("teacher", taught.transpose(1, 2).unflatten(2, (scale, scale))),
+            ("student", learned.transpose(1, 2).unflatten(2, (scale, scale))),
+        ]
+    figure = Figure(figsize=(10, 1.1 * rows), layout="constrained")
+    for column, (title, maps) in zip(figure.subplots(rows, len(columns)).T, columns, strict=True):
         column[0].set_title(title, fontsize=9)
         for axes, image in zip(column, maps, strict=True):
             axes.imshow(image.permute(1, 2, 0).numpy())
             axes.axis("off")
     caption = (
-        "Low-pass pyramids of test photographs: of the pixels, of the teacher's deepest features and of the "
+        "Low-pass pyramids of test photographs: of the pixels, of the teacher's third stage and of the "
         "student's in the same compact space. Colors are three main directions of the teacher's features: "
         "where the two sides agree, so do the colors."
     )
@@ -76,24 +73,25 @@ def _pyramids(experiment: Experiment, scales: Sequence[tuple[int, Tensor, Tensor
 
 
 def _colors(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit pyramids (N, cells, C) along the teacher's three main directions, (N, cells, 3) in [0, 1]."""
-    sides = [F.normalize(side.flatten(1)).view_as(side) for side in (teacher, student)]
-    teacher, student = (side - side.mean(dim=0) for side in sides)
-    cells = teacher.flatten(0, 1)
+    """Cells (N, cells, C) along the teacher's three main directions, (N, cells, 3) in [0, 1]."""
+    sides = [F.normalize(side, dim=2) for side in (teacher, student)]
+    taught, learned = (side - side.mean(dim=(0, 1)) for side in sides)
+    cells = taught.flatten(0, 1)
     directions = torch.linalg.eigh(cells.T @ cells).eigenvectors[:, -3:]
-    shown = [side @ directions for side in (teacher, student)]
+    shown = (side @ directions for side in (taught, learned))
     return tuple((0.5 + side / (5 * side.std(dim=(0, 1)))).clamp(0, 1) for side in shown)
 
 
-def _as_map(cells: Tensor, scale: int) -> Tensor:
-    return cells.transpose(1, 2).unflatten(2, (scale, scale))
+def _by_scale(cells: Tensor, scales: Sequence[int]) -> tuple[Tensor, ...]:
+    return cells.split([scale * scale for scale in scales], dim=1)
 
 
-def _similarities(scales: Sequence[tuple[int, Tensor, Tensor]]) -> Picture:
-    shown = 40
+def _similarities(experiment: Experiment, teacher: Tensor, student: Tensor) -> Picture:
+    shown, scales = 40, experiment.setting.scales
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, (scale, teacher, student) in zip(figure.subplots(1, len(scales)), scales, strict=True):
-        similarity = F.normalize(student.flatten(1)) @ F.normalize(teacher.flatten(1)).T
+    sides = zip(scales, _by_scale(teacher, scales), _by_scale(student, scales), strict=True)
+    for axes, (scale, taught, learned) in zip(figure.subplots(1, len(scales)), sides, strict=True):
+        similarity = F.normalize(learned.flatten(1)) @ F.normalize(taught.flatten(1)).T
         found = (similarity.argmax(dim=1) == torch.arange(len(similarity))).double().mean()
         axes.imshow(similarity[:shown, :shown].numpy())
         axes.set(xlabel="teacher's view of image", ylabel="student's view of image", xticks=[], yticks=[])

@@ -1,0 +1,82 @@
+# Every target starts from nothing: it makes the environment, installs, compiles and runs; a second run reuses
+# what is there. `make` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# An environment of your own (VENV=...) keeps the torch it has.
+TORCH ?= $(if $(filter .venv,$(VENV)),torch==2.14.1 torchvision==0.29.1,torch torchvision)
+OTHER_TORCH ?= torch==2.13.0
+RUFF := ruff==0.17.6
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+STAMPS := $(VENV)/.lfcc
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help demo test lint bench wheel check-wheel clean force
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make TARGET, with PYTHON=, VENV=, TORCH= where the defaults do not suit:"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
+
+demo: $(STAMPS)/demo ## train a small ViT with a CNN as its teacher on photographs; DATA=folder takes them from there
+	$(BIN)/python -m lfcc_kernels.distill.demo $(if $(DATA),--data '$(DATA)')
+
+test: $(STAMPS)/test ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/lint ## check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMPS)/bench ## measure the kernels against their peers
+	$(BIN)/python -m benchmarks
+
+wheel: $(STAMPS)/torch ## build a wheel for every Python and torch 2.11 to 2.14 into dist/
+	@echo "== building the wheel"
+	@rm -rf build/lib* dist
+	@$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+check-wheel: wheel ## test that wheel in a second environment with OTHER_TORCH
+	@echo "== a second environment, build/other, with $(OTHER_TORCH)"
+	@$(PYTHON) -m venv --clear build/other
+	@build/other/bin/python -m pip -qq --disable-pip-version-check install $(OTHER_TORCH) numpy scipy pytest
+	@build/other/bin/python -m pip -qq --disable-pip-version-check install --no-deps dist/*.whl
+	@cp -r tests pyproject.toml build/other
+	cd build/other && bin/lfcc info && bin/pytest tests/test_lowpass.py tests/test_info_nce.py
+
+clean: ## remove what the build made; the environment stays, `rm -rf .venv` removes it
+	rm -rf build dist *.egg-info lfcc_kernels/*.so .pytest_cache .ruff_cache $(STAMPS)/built
+
+$(BIN)/pip:
+	@echo "== environment $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/lint: Makefile | $(BIN)/pip
+	@echo "== installing $(RUFF)"
+	@$(PIP) install $(RUFF)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/requested: force | $(BIN)/pip
+	@mkdir -p $(STAMPS) && echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' > $@
+
+$(STAMPS)/torch: $(STAMPS)/requested
+	@echo "== installing $(TORCH) and the build tools (a large download, some minutes)"
+	@$(PIP) install $(TORCH) numpy 'setuptools>=77' wheel ninja 'pybind11>=2.13'
+	@touch $@
+
+# The stamp stays away where there was no compiler, so that the next run tries again.
+$(STAMPS)/built: $(SOURCES) $(STAMPS)/torch
+	@echo "== compiling and installing lfcc_kernels (a minute or two, less when little of csrc/ changed)"
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@if ls lfcc_kernels/_C.*so > /dev/null 2>&1; then touch $@; else \
+		echo "== no C++ compiler: kernels were not built, everything runs on the eager backend (install g++)"; fi
+
+# The package is installed already, so this brings only what the extra adds.
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch | $(STAMPS)/built
+	@echo "== installing the packages of lfcc-kernels[$*]"
+	@$(PIP) install 'lfcc-kernels[$*]'
+	@touch $@

@@ -1,0 +1,37 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import lfcc_kernels as lk
+from lfcc_kernels.backends import native
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every backend, and skips those that are not built."""
+    if request.param not in lk.available_backends():
+        pytest.skip(native.missing)
+    with lk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """Runs the test on the compiled kernels, or skips it."""
+    if native.missing:
+        pytest.skip(native.missing)
+    with lk.use_backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,117 @@
+"""Small cases of every op: through the public functions, and as direct calls of `torch.ops.lfcc`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, randn
+
+import lfcc_kernels as lk
+
+DIRECTIONS = ["student_to_teacher", "teacher_to_student", "symmetric"]
+
+
+def functions(
+    dtype: torch.dtype = torch.float64, batch: int = 4
+) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Small cases that together take every path, each with inputs that all learn."""
+    x, tokens = randn(batch, 3, 7, 5, dtype=dtype), randn(batch, 36, 3, dtype=dtype)
+    channels_last = x.to(memory_format=torch.channels_last)
+    filters = [randn(3, 7, dtype=dtype), randn(3, 5, dtype=dtype)]
+    pair = [randn(batch, 6, dtype=dtype), randn(batch + 3, 6, dtype=dtype)]
+    temperature = torch.tensor(0.7, dtype=dtype)
+    ids = {"student_ids": torch.arange(batch) // 2, "teacher_ids": torch.arange(batch + 3) // 2}
+
+    def filtered(x: Tensor, rows: Tensor, cols: Tensor, **tokens: Any) -> Tensor:
+        return lk.lowpass(x, (1, 2), row_filters=rows, col_filters=cols, **tokens)
+
+    def contrast(direction: str, **options: Any) -> Callable[..., Tensor]:
+        return lambda student, teacher, temperature: lk.info_nce(
+            student, teacher, temperature=temperature, direction=direction, positive_offset=2, **options
+        )
+
+    cases = {
+        "average": (lambda x: lk.lowpass(x, (1, 2)), [x]),
+        "average, channels_last": (lambda x: lk.lowpass(x, (1, 2)), [channels_last]),
+        "filters": (filtered, [x, *filters]),
+        "filters, channels_last": (filtered, [channels_last, *filters]),
+        "average, tokens": (lambda x: lk.lowpass(x, (1, 2), grid=(7, 5), prefix_tokens=1), [tokens]),
+        "filters, tokens": (
+            lambda x, rows, cols: filtered(x, rows, cols, grid=(7, 5), prefix_tokens=1),
+            [tokens, *filters],
+        ),
+    }
+    for direction in DIRECTIONS:
+        cases[direction] = (contrast(direction), [*pair, temperature])
+        cases[f"{direction}, ids, none"] = (
+            contrast(direction, reduction="none", **ids),
+            [*pair, temperature],
+        )
+        cases[f"{direction}, rows as they are"] = (contrast(direction, normalize=False), [*pair, temperature])
+    return {name: (f, [x.detach().requires_grad_() for x in inputs]) for name, (f, inputs) in cases.items()}
+
+
+FUNCTIONS = list(functions())
+
+
+def _filters() -> list[Tensor]:
+    return [randn(3, 7, requires_grad=True), randn(3, 5, requires_grad=True)]
+
+
+def _pair(keys: int = 6) -> list[Tensor]:
+    return [randn(4, 8, requires_grad=True), randn(keys, 8, requires_grad=True)]
+
+
+def _rows(*extra: Any, keys: int = 6, ids: bool = False, offset: int = 1) -> tuple[Any, ...]:
+    """Arguments that all ops of info_nce begin with, and what follows."""
+    student_ids, teacher_ids = (torch.arange(4) // 2, torch.arange(keys) // 2) if ids else (None, None)
+    return *_pair(keys), torch.tensor(0.1, requires_grad=True), student_ids, teacher_ids, offset, *extra
+
+
+def constants(*arguments: Any) -> tuple[Any, ...]:
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+
+
+def _map(**options: Any) -> Tensor:
+    return randn(2, 3, 7, 5, requires_grad=True, **options)
+
+
+LSE = torch.full((4,), 9.0)  # log-sum-exps that a forward pass may have left
+CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
+    "average": ("lowpass", lambda: (_map(), [1, 2], None, None, [], 0)),
+    "average, channels_last": (
+        "lowpass",
+        lambda: (randn(2, 7, 5, 3).permute(0, 3, 1, 2).requires_grad_(), [1, 2], None, None, [], 0),
+    ),
+    "average, bfloat16": ("lowpass", lambda: (_map(dtype=torch.bfloat16), [1, 2], None, None, [], 0)),
+    "filters": ("lowpass", lambda: (_map(), [1, 2], *_filters(), [], 0)),
+    "tokens": ("lowpass", lambda: (randn(2, 36, 3, requires_grad=True), [1, 2], *_filters(), [7, 5], 1)),
+    "gradient of a map": (
+        "lowpass_input_grad",
+        lambda: (randn(2, 5, 3), [2, 3, 7, 5], False, [1, 2], *constants(*_filters()), [], 0),
+    ),
+    "gradient of a channels_last map": (
+        "lowpass_input_grad", lambda: (randn(2, 5, 3), [2, 3, 7, 5], True, [1, 2], None, None, [], 0),
+    ),
+    "gradient of tokens": (
+        "lowpass_input_grad", lambda: (randn(2, 5, 3), [2, 36, 3], False, [1, 2], None, None, [7, 5], 1),
+    ),
+    "gradient of filters": (
+        "lowpass_filter_grad",
+        lambda: (randn(2, 5, 3), *constants(_map(), [1, 2], *_filters(), [], 0)),
+    ),
+    "rows": ("info_nce", lambda: _rows(False, True)),
+    "rows as they are": ("info_nce", lambda: _rows(False, False)),
+    "symmetric": ("info_nce", lambda: _rows(True, True)),
+    "symmetric with ids": ("info_nce", lambda: _rows(True, True, ids=True)),
+    "one pass": ("info_nce_one_pass", lambda: _rows(True)),
+    "one pass with ids": ("info_nce_one_pass", lambda: _rows(True, ids=True)),
+    "gradient of rows": (
+        "info_nce_grad",
+        lambda: (randn(4), *constants(*_rows(False, True)), LSE, randn(0), False),
+    ),
+    "gradient of both, of the teacher": (
+        "info_nce_grad",
+        lambda: (randn(4), *constants(*_rows(True, True)), LSE, LSE, True),
+    ),
+}  # fmt: skip

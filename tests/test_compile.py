@@ -1,0 +1,84 @@
+"""`torch.compile` takes every op without a break, and what it makes gives the same numbers."""
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from op_cases import FUNCTIONS, functions
+from torch import Tensor, randn
+
+import lfcc_kernels as lk
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def assert_same(
+    compiled: Callable[..., Tensor], function: Callable[..., Tensor], inputs: list[Tensor]
+) -> None:
+    expected, result = function(*inputs), compiled(*inputs)
+    torch.testing.assert_close(result, expected)
+    upstream = torch.randn_like(expected)
+    grads = torch.autograd.grad(result, inputs, upstream)
+    for grad, same in zip(grads, torch.autograd.grad(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(grad, same)
+        assert grad.stride() == same.stride()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_one_graph(backend: str, name: str) -> None:
+    function, inputs = functions(torch.float32)[name]
+    assert_same(torch.compile(function, fullgraph=True, backend="aot_eager"), function, inputs)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["filters", "symmetric"])
+def test_inductor(kernels: None, name: str) -> None:
+    function, inputs = functions(torch.float32)[name]
+    assert_same(torch.compile(function, fullgraph=True), function, inputs)
+
+
+@pytest.mark.parametrize("name", ["average", "filters", "average, tokens", "student_to_teacher", "symmetric"])
+def test_one_graph_serves_every_batch_size(backend: str, name: str) -> None:
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    function, _ = functions(torch.float32)[name]
+    compiled = torch.compile(function, fullgraph=True, backend=graphs, dynamic=True)
+    for batch in (4, 6, 9):
+        assert_same(compiled, function, functions(torch.float32, batch)[name][1])
+    assert graphs.frame_count == 1
+
+
+def test_no_gradient(backend: str) -> None:
+    x = randn(2, 3, 7, 7)
+    compiled = torch.compile(lk.lowpass, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), lk.lowpass(x))
+
+
+def test_backend_may_change_after_compilation(kernels: None) -> None:
+    """A graph made under one choice is not run under another."""
+    ran_kernels = []
+
+    def recorder(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        has_kernels = any("lfcc" in str(node.target) for node in graph.graph.nodes)
+        return lambda *inputs: ran_kernels.append(has_kernels) or graph(*inputs)
+
+    compiled, x = torch.compile(lk.lowpass, fullgraph=True, backend=recorder), randn(2, 3, 7, 7)
+    for name in ("cpu", "eager", "cpu", "eager", "auto"):
+        with lk.use_backend(name):
+            compiled(x)
+    assert ran_kernels == [True, False, True, False, True]
+
+
+def test_a_bad_temperature_is_found_at_run_time(kernels: None) -> None:
+    """The value of a tensor is not known while the graph is made."""
+    student, teacher = randn(5, 8, requires_grad=True), randn(5, 8)
+    compiled = torch.compile(lk.info_nce, fullgraph=True, backend="aot_eager")
+    good, bad = torch.tensor(0.1), torch.tensor(-1.0)
+    torch.testing.assert_close(
+        compiled(student, teacher, temperature=good), lk.info_nce(student, teacher, temperature=good)
+    )
+    with pytest.raises(RuntimeError, match="temperature is -1"):
+        compiled(student, teacher, temperature=bad)

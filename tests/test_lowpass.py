@@ -1,0 +1,245 @@
+"""`lowpass` and its gradients against loops in float64, on the shapes, layouts and types that may trip it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import assert_close_to_truth, gradients, in_float64, loop_lowpass, rounding, torch_lowpass
+from torch import Tensor, randn
+
+import lfcc_kernels as lk
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+SHAPES = {
+    "first stage at 224 pixels": ((2, 16, 56, 56), (1, 2, 4)),
+    "second stage, a channel more than a block": ((2, 33, 28, 28), (1, 2, 4)),
+    "third stage, 14 to 4 overlaps, odd channels": ((3, 17, 14, 14), (1, 2, 4)),
+    "last stage, 7 to 2 and to 4 overlap": ((2, 64, 7, 7), (1, 2, 4)),
+    "a map of one pixel": ((3, 3, 1, 1), (1,)),
+    "tiny, and no square": ((2, 16, 5, 3), (1, 2, 3)),
+    "prime sides, one image": ((1, 3, 13, 17), (1, 2, 4)),
+    "half a square": ((2, 16, 7, 14), (1, 2, 4)),
+    "large map, few channels": ((1, 3, 112, 112), (1, 2, 4)),
+    "one channel, one image, windows of one pixel": ((1, 1, 4, 4), (4,)),
+    "one column": ((2, 5, 9, 1), (1,)),
+    "one scale, every row a window": ((2, 16, 7, 7), (7,)),
+    "the global mean alone": ((2, 17, 14, 14), (1,)),
+    "odd scales": ((2, 3, 14, 11), (3, 5)),
+    "scales in falling order": ((2, 16, 14, 14), (4, 2, 1)),
+    "a scale twice": ((2, 3, 7, 7), (1, 1)),
+    "many scales": ((1, 17, 14, 14), (1, 2, 3, 4, 5, 6, 7)),
+}
+
+LAYOUTS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
+    "contiguous": lambda randn: randn(2, 17, 14, 14),
+    "channels_last": lambda randn: _channels_last(randn(2, 17, 14, 14)),
+    "channels_last with one channel": lambda randn: _channels_last(randn(2, 1, 14, 14)),
+    "every second channel": lambda randn: randn(2, 34, 14, 14)[:, ::2],
+    "a channels_last slice of channels": lambda randn: _channels_last(randn(2, 34, 14, 14))[:, 3:20],
+    "every second channel of channels_last": lambda randn: _channels_last(randn(2, 34, 14, 14))[:, ::2],
+    "first column cut off": lambda randn: randn(2, 17, 14, 15)[..., 1:],
+    "a crop": lambda randn: randn(2, 17, 17, 19)[..., 2:16, 1:15],
+    "a channels_last crop": lambda randn: _channels_last(randn(2, 17, 17, 19))[..., 2:16, 1:15],
+    "every second pixel": lambda randn: randn(2, 17, 28, 28)[..., ::2, ::2],
+    "every second image": lambda randn: randn(4, 17, 14, 14)[::2],
+    "height and width exchanged": lambda randn: randn(2, 17, 14, 14).transpose(2, 3),
+    "batch innermost": lambda randn: randn(17, 14, 14, 2).permute(3, 0, 1, 2),
+    "expanded over the batch": lambda randn: randn(1, 17, 14, 14).expand(2, -1, -1, -1),
+    "expanded over channels": lambda randn: randn(2, 1, 14, 14).expand(-1, 17, -1, -1),
+    "expanded over pixels": lambda randn: randn(2, 17, 1, 1).expand(-1, -1, 14, 14),
+    "expanded over rows": lambda randn: randn(2, 17, 1, 14).expand(-1, -1, 14, -1),
+}
+
+TOKENS = {
+    "no prefix, square": (lambda: randn(2, 49, 17), (7, 7), 0),
+    "class token": (lambda: randn(2, 197, 16), (14, 14), 1),
+    "class and register tokens": (lambda: randn(3, 54, 33), (7, 7), 5),
+    "wide grid": (lambda: randn(2, 1 + 5 * 9, 16), (5, 9), 1),
+    "one row of tokens": (lambda: randn(2, 12, 3), (1, 12), 0),
+    "one token": (lambda: randn(2, 2, 3), (1, 1), 1),
+    "transposed (B, C, N)": (lambda: randn(2, 17, 50).transpose(1, 2), (7, 7), 1),
+    "transposed (N, B, C)": (lambda: randn(50, 2, 17).transpose(0, 1), (7, 7), 1),
+    "a slice of the channels": (lambda: randn(2, 50, 40)[..., 7:24], (7, 7), 1),
+    "every second channel": (lambda: randn(2, 50, 34)[..., ::2], (7, 7), 1),
+    "every second token": (lambda: randn(2, 100, 17)[:, ::2], (7, 7), 1),
+    "expanded over the batch": (lambda: randn(1, 50, 17).expand(2, -1, -1), (7, 7), 1),
+}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+def dense_filters(scales: tuple[int, ...], height: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random matrices: no symmetry, no zero, both signs."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return [randn(sum(scales), side, dtype=dtype, requires_grad=True) for side in (height, width)]
+
+
+def check(
+    x: Tensor,
+    scales: tuple[int, ...] = (1, 2, 4),
+    filters: list[Tensor] | tuple[None, None] = (None, None),
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int = 0,
+) -> Tensor:
+    """Compare the result and all gradients with the truth; returns the gradient of x."""
+
+    def maps(x: Tensor) -> Tensor:
+        return x if grid is None else x[:, prefix_tokens:].unflatten(1, grid).permute(0, 3, 1, 2)
+
+    x = x.detach().requires_grad_()
+    rows, cols = filters
+    inputs = [x, rows, cols]
+    exact_inputs = in_float64(*inputs)
+    y = lk.lowpass(x, scales, row_filters=rows, col_filters=cols, grid=grid, prefix_tokens=prefix_tokens)
+    reference = torch_lowpass(maps(x), scales, rows, cols)
+    truth = loop_lowpass(maps(exact_inputs[0]), scales, *exact_inputs[1:])
+    assert_close_to_truth(y, reference, truth, factor=2, floor=2 * rounding(x.dtype, truth))
+
+    upstream = torch.randn_like(y)
+    results = gradients(y, inputs, upstream)
+    expected = gradients(reference, inputs, upstream), gradients(truth, exact_inputs, upstream.double())
+    for result, reference_gradient, exact in zip(results, *expected, strict=True):
+        floor = 4 * rounding(result.dtype, exact)
+        assert_close_to_truth(result, reference_gradient, exact, factor=3, floor=floor)
+    return results[0]
+
+
+@pytest.mark.parametrize("filters", ["average", "dense"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "scales"), SHAPES.values(), ids=SHAPES)
+def test_shapes(
+    backend: str,
+    shape: tuple[int, ...],
+    scales: tuple[int, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    filters: str,
+) -> None:
+    x = randn(shape, dtype=dtype)
+    x = _channels_last(x) if channels_last else x
+    check(x, scales, dense_filters(scales, *shape[2:], dtype) if filters == "dense" else (None, None))
+
+
+@pytest.mark.parametrize("filters", ["average", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend: str, layout: str, dtype: torch.dtype, filters: str) -> None:
+    x = LAYOUTS[layout](partial(torch.randn, dtype=dtype))
+    before = x.clone()
+    check(x, filters=dense_filters((1, 2, 4), 14, 14, dtype) if filters == "dense" else (None, None))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("filters", ["average", "dense"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_tokens(backend: str, tokens: str, filters: str) -> None:
+    make, grid, prefix = TOKENS[tokens]
+    scales = tuple(s for s in (1, 2, 4) if s <= min(grid))
+    x = make()
+    bank = dense_filters(scales, *grid, x.dtype) if filters == "dense" else (None, None)
+    grad = check(x, scales, bank, grid, prefix)
+    assert not grad[:, :prefix].any()
+
+
+def test_square_grid_of_tokens_is_inferred(backend: str) -> None:
+    tokens = randn(2, 50, 16)
+    inferred = lk.lowpass(tokens, prefix_tokens=1)
+    assert torch.equal(inferred, lk.lowpass(tokens, prefix_tokens=1, grid=(7, 7)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_has_the_layout_of_the_map(kernels: None, dtype: torch.dtype) -> None:
+    for x in (randn(2, 16, 7, 7, dtype=dtype), _channels_last(randn(2, 16, 7, 7, dtype=dtype))):
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(lk.lowpass(x).float().square().sum(), x)
+        assert grad.stride() == x.stride() and grad.dtype == dtype
+
+
+FILTER_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed in memory": lambda filters: filters.t().contiguous().t(),
+    "a row of zeros": lambda filters: filters * (torch.arange(len(filters)) != 1)[:, None],
+    "all zeros": torch.zeros_like,
+    "zeros at the ends and between": lambda filters: filters * torch.tensor([0, 1, 0, 0, 1, 1, 0]),
+    "expanded": lambda filters: filters[:, :1].expand(-1, 7),
+}
+
+
+@pytest.mark.parametrize("form", FILTER_FORMS)
+def test_forms_of_filters(backend: str, form: str) -> None:
+    for x in (randn(2, 17, 7, 7), _channels_last(randn(2, 17, 7, 7))):
+        filters = [FILTER_FORMS[form](f.detach()) for f in dense_filters((1, 2, 4), 7, 7, x.dtype)]
+        check(x, filters=[f.requires_grad_() for f in filters])
+
+
+@pytest.mark.parametrize("learns", ["x", "rows", "cols", "x rows", "x cols", "rows cols", "x rows cols"])
+def test_gradients_for_every_subset(backend: str, learns: str) -> None:
+    x, filters = randn(2, 17, 14, 14).double(), dense_filters((1, 2, 4), 14, 14, torch.float64)
+    every = dict(zip(("x", "rows", "cols"), (x.requires_grad_(), *filters), strict=True))
+    kwargs = {"row_filters": filters[0], "col_filters": filters[1]}
+    of_all = gradients(lk.lowpass(x, **kwargs).square().sum(), list(every.values()))
+    expected = dict(zip(every, of_all, strict=True))
+    for name, tensor in every.items():
+        tensor.requires_grad_(name in learns.split())
+    lk.lowpass(x, **kwargs).square().sum().backward()
+    for name, tensor in every.items():
+        if name in learns.split():
+            torch.testing.assert_close(tensor.grad, expected[name])
+        else:
+            assert tensor.grad is None
+
+
+def test_no_gradient_no_graph(backend: str) -> None:
+    x = randn(2, 3, 7, 7, requires_grad=True)
+    with torch.no_grad():
+        assert not lk.lowpass(x).requires_grad
+    assert not lk.lowpass(x.detach()).requires_grad
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_constant_map_passes_unchanged(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+    # Float32 sums these exactly; a sum in float16 overflows, one in bfloat16 stops growing.
+    levels = torch.tensor([1.0, -3.0, 1000.0, 60000.0], dtype=dtype)
+    x = levels[None, :, None, None].expand(2, -1, 56, 56)
+    x = _channels_last(x) if channels_last else x.contiguous()
+    expected = levels.expand(2, 21, -1)
+    torch.testing.assert_close(lk.lowpass(x), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_scale_one_is_the_global_mean(backend: str) -> None:
+    x = randn(3, 16, 13, 17)
+    torch.testing.assert_close(lk.lowpass(x, (1,))[:, 0], x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 7])
+def test_average_is_adaptive_avg_pool2d(backend: str, scale: int) -> None:
+    x = randn(2, 16, 7, 14)
+    expected = F.adaptive_avg_pool2d(x, scale).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(lk.lowpass(x, (scale,)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_a_small_type_passes(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+    """A window of one pixel is its own mean: conversions to the sum's type and back lose nothing."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, -1, 2, 2)
+    y = lk.lowpass(_channels_last(x) if channels_last else x, (2,))
+    torch.testing.assert_close(y, x.flatten(2).transpose(1, 2), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_nan_and_inf_come_out_where_they_went_in(backend: str, bad: float, channels_last: bool) -> None:
+    x = randn(2, 17, 14, 14)
+    x[1, 3, 0, 13] = bad
+    y = lk.lowpass(_channels_last(x) if channels_last else x)
+    touched = torch.zeros_like(y, dtype=torch.bool)
+    touched[1, [0, 2, 8], 3] = True  # the mean, the upper right of 2 x 2 and of 4 x 4
+    torch.testing.assert_close(y[touched], torch.full((3,), bad), equal_nan=True)
+    assert y[~touched].isfinite().all()
