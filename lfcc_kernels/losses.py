@@ -37,7 +37,12 @@ class LowPassPyramid(nn.Module):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             row_filters, col_filters = row_filters.to(dtype), col_filters.to(dtype)
         return lowpass(
-            x, self.scales, row_filters=row_filters, col_filters=col_filters, grid=grid, prefix_tokens=prefix_tokens
+            x,
+            self.scales,
+            row_filters=row_filters,
+            col_filters=col_filters,
+            grid=grid,
+            prefix_tokens=prefix_tokens,
         )
 
 
@@ -61,9 +66,13 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"InfoNCELoss: temperature is {temperature}; expected a positive finite number, as 0.1")
+            raise ValueError(
+                f"InfoNCELoss: temperature is {temperature}; expected a positive finite number, as 0.1"
+            )
         if direction not in DIRECTIONS:
-            raise ValueError(f"InfoNCELoss: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}")
+            raise ValueError(
+                f"InfoNCELoss: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}"
+            )
         if isinstance(gather, str) and gather not in ("auto", "none"):
             raise ValueError(f"InfoNCELoss: gather is {gather!r}; expected 'auto', 'none' or a ProcessGroup")
         self.direction, self.gather = direction, gather
@@ -152,7 +161,9 @@ class LFCCLoss(nn.Module):
         self.return_parts = return_parts
         self._student_tokens = {"grid": student_grid, "prefix_tokens": student_prefix_tokens}
         self._teacher_tokens = {"grid": teacher_grid, "prefix_tokens": teacher_prefix_tokens}
-        self.student_filters = nn.ModuleList(LowPassPyramid(self.scales, student_filter) for _ in student_channels)
+        self.student_filters = nn.ModuleList(
+            LowPassPyramid(self.scales, student_filter) for _ in student_channels
+        )
         self.student_projections = nn.ModuleList(
             nn.Linear(c_student, c_teacher, bias=False)
             for c_student, c_teacher in zip(student_channels, teacher_channels, strict=True)
@@ -161,7 +172,10 @@ class LFCCLoss(nn.Module):
         self.info_nce = InfoNCELoss(temperature, direction, learnable_temperature, gather)
 
     def forward(
-        self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], ids: Tensor | None = None
+        self,
+        student_features: Sequence[Tensor],
+        teacher_features: Sequence[Tensor],
+        ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """Two lists of (B, C, H, W) or (B, N, C), one entry a stage -> scalar loss (and parts).
 
@@ -189,7 +203,8 @@ class LFCCLoss(nn.Module):
         """Low-passed features, (B, cells, C_t) a stage, without gradient; may be kept and used in place of a teacher."""
         self._check_stages("teacher", features)
         return [
-            self.teacher_filter(feature, **self._teacher_tokens if feature.dim() == 3 else {}) for feature in features
+            self.teacher_filter(feature, **self._teacher_tokens if feature.dim() == 3 else {})
+            for feature in features
         ]
 
     def contrast(
@@ -202,7 +217,9 @@ class LFCCLoss(nn.Module):
         cells = [s * s for s in self.scales]
         parts = {}
         for stage, (student, teacher) in enumerate(zip(student_pyramids, teacher_pyramids, strict=True)):
-            pairs = zip(student.split(cells, 1), teacher.detach().to(student.dtype).split(cells, 1), strict=True)
+            pairs = zip(
+                student.split(cells, 1), teacher.detach().to(student.dtype).split(cells, 1), strict=True
+            )
             for scale, (queries, keys) in zip(self.scales, pairs, strict=True):
                 parts[stage, scale] = self.info_nce(
                     queries.flatten(1), keys.flatten(1), student_ids=ids, teacher_ids=ids

@@ -141,5 +141,7 @@ def _backward_both(ctx, grad, *_):
     )  # fmt: skip
 
 
-torch.library.register_autograd("lfcc::info_nce_one_pass", _backward_rows, setup_context=_setup_rows, lib=library)
+torch.library.register_autograd(
+    "lfcc::info_nce_one_pass", _backward_rows, setup_context=_setup_rows, lib=library
+)
 torch.library.register_autograd("lfcc::info_nce", _backward_both, setup_context=_setup_both, lib=library)

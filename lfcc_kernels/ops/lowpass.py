@@ -73,7 +73,14 @@ def _backward(ctx, grad):
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.lfcc.lowpass_input_grad(
-                grad, ctx.size, ctx.channels_last, ctx.scales, row_filters, col_filters, ctx.grid, ctx.prefix_tokens
+                grad,
+                ctx.size,
+                ctx.channels_last,
+                ctx.scales,
+                row_filters,
+                col_filters,
+                ctx.grid,
+                ctx.prefix_tokens,
             )
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             grad_rows, grad_cols = torch.ops.lfcc.lowpass_filter_grad(
