@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("lfcc_kernels"):
             raise
-        return _fail(
-            f"{error.name} is not installed; pip install 'lfcc-kernels[train,report]' brings what is missing"
-        )
+        return _fail(f"{error.name} is not installed; pip install 'lfcc-kernels[train,report]' brings what is missing")
     except (OSError, ValueError, FloatingPointError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -69,9 +69,7 @@ class Gaussian(nn.Module):
         rows = []
         for scale, width in zip(self.scales, self.log_width.exp(), strict=True):
             cells = torch.arange(scale, device=self.log_width.device)[:, None] + 0.5
-            distance = (
-                centres * scale / size - cells
-            ) / width  # in output cells, so sigma means the same on any map
+            distance = (centres * scale / size - cells) / width  # in output cells, so sigma means the same on any map
             rows.append((-0.5 * distance.square()).softmax(1))
         return torch.cat(rows)
 

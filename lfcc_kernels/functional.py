@@ -53,9 +53,7 @@ def lowpass(
             f"use scales up to {min(height, width)}"
         )
     if (row_filters is None) != (col_filters is None):
-        raise ValueError(
-            "lowpass: got only one of row_filters and col_filters; give both, or neither for the average"
-        )
+        raise ValueError("lowpass: got only one of row_filters and col_filters; give both, or neither for the average")
     if row_filters is not None:
         _check_filters("row_filters", row_filters, (sum(scales), height), x)
         _check_filters("col_filters", col_filters, (sum(scales), width), x)
@@ -121,22 +119,14 @@ def map_size(x: Tensor, grid: tuple[int, int] | None, prefix_tokens: int) -> tup
     if not isinstance(x, Tensor):
         raise TypeError(f"lowpass: x is a {type(x).__name__}; expected a tensor (B, C, H, W) or (B, N, C)")
     if x.dtype not in DTYPES:
-        raise TypeError(
-            f"lowpass: x is {x.dtype}; expected float32, float64, bfloat16 or float16, use x.float()"
-        )
+        raise TypeError(f"lowpass: x is {x.dtype}; expected float32, float64, bfloat16 or float16, use x.float()")
     if x.dim() not in (3, 4):
-        raise ValueError(
-            f"lowpass: x has shape {tuple(x.shape)}; expected a map (B, C, H, W) or tokens (B, N, C)"
-        )
+        raise ValueError(f"lowpass: x has shape {tuple(x.shape)}; expected a map (B, C, H, W) or tokens (B, N, C)")
     if 0 in x.shape:
-        raise ValueError(
-            f"lowpass: x has shape {tuple(x.shape)}, which is empty; every size must be at least 1"
-        )
+        raise ValueError(f"lowpass: x has shape {tuple(x.shape)}, which is empty; every size must be at least 1")
     if x.dim() == 4:
         if grid is not None or prefix_tokens != 0:
-            raise ValueError(
-                "lowpass: grid and prefix_tokens describe tokens (B, N, C), but x is a map (B, C, H, W)"
-            )
+            raise ValueError("lowpass: grid and prefix_tokens describe tokens (B, N, C), but x is a map (B, C, H, W)")
         return x.shape[2], x.shape[3]
     if prefix_tokens < 0:
         raise ValueError(f"lowpass: prefix_tokens is {prefix_tokens}; expected 0 or more")
@@ -163,9 +153,7 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     try:
         checked = tuple(int(s) for s in scales)
     except TypeError:
-        raise TypeError(
-            f"lowpass: scales is {scales!r}; expected a sequence of positive ints, as (1, 2, 4)"
-        ) from None
+        raise TypeError(f"lowpass: scales is {scales!r}; expected a sequence of positive ints, as (1, 2, 4)") from None
     if not checked or min(checked) < 1 or checked != tuple(scales):
         raise ValueError(f"lowpass: scales is {scales!r}; expected one or more positive ints, as (1, 2, 4)")
     return checked
@@ -188,19 +176,13 @@ def _check_pair(student: Tensor, teacher: Tensor, positive_offset: int) -> None:
         if not isinstance(rows, Tensor):
             raise TypeError(f"info_nce: {name} is a {type(rows).__name__}; expected a tensor (rows, D)")
         if rows.dtype not in DTYPES:
-            raise TypeError(
-                f"info_nce: {name} is {rows.dtype}; expected float32, float64, bfloat16 or float16"
-            )
+            raise TypeError(f"info_nce: {name} is {rows.dtype}; expected float32, float64, bfloat16 or float16")
         if rows.dim() != 2:
-            raise ValueError(
-                f"info_nce: {name} has shape {tuple(rows.shape)}; expected (rows, D), use flatten(1)"
-            )
+            raise ValueError(f"info_nce: {name} has shape {tuple(rows.shape)}; expected (rows, D), use flatten(1)")
         if 0 in rows.shape:
             raise ValueError(f"info_nce: {name} has shape {tuple(rows.shape)}, which is empty")
     if student.dtype != teacher.dtype:
-        raise TypeError(
-            f"info_nce: student is {student.dtype}, teacher {teacher.dtype}; cast one with .to(dtype)"
-        )
+        raise TypeError(f"info_nce: student is {student.dtype}, teacher {teacher.dtype}; cast one with .to(dtype)")
     if student.device != teacher.device:
         raise ValueError(f"info_nce: student is on {student.device}, teacher on {teacher.device}; move one")
     if student.shape[1] != teacher.shape[1]:
@@ -211,7 +193,7 @@ def _check_pair(student: Tensor, teacher: Tensor, positive_offset: int) -> None:
     if positive_offset < 0 or teacher.shape[0] < positive_offset + student.shape[0]:
         raise ValueError(
             f"info_nce: {student.shape[0]} student rows at positive_offset {positive_offset} need positives in columns "
-            f"{positive_offset} to {positive_offset + student.shape[0] - 1}, but there are {teacher.shape[0]} teacher rows"
+            f"{positive_offset} to {positive_offset + student.shape[0] - 1}, but teacher has {teacher.shape[0]} rows"
         )
 
 
@@ -219,9 +201,7 @@ def _check_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"info_nce: {name} must be an integer tensor ({rows.shape[0]},)")
     if tuple(ids.shape) != (rows.shape[0],):
-        raise ValueError(
-            f"info_nce: {name} has shape {tuple(ids.shape)}; expected ({rows.shape[0]},), one id a row"
-        )
+        raise ValueError(f"info_nce: {name} has shape {tuple(ids.shape)}; expected ({rows.shape[0]},), one id a row")
     if ids.device != rows.device:
         raise ValueError(f"info_nce: {name} is on {ids.device}, the rows on {rows.device}; move one")
     return ids.to(torch.int64)

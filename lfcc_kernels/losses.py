@@ -66,13 +66,9 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(
-                f"InfoNCELoss: temperature is {temperature}; expected a positive finite number, as 0.1"
-            )
+            raise ValueError(f"InfoNCELoss: temperature is {temperature}; expected a positive finite number, as 0.1")
         if direction not in DIRECTIONS:
-            raise ValueError(
-                f"InfoNCELoss: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}"
-            )
+            raise ValueError(f"InfoNCELoss: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}")
         if isinstance(gather, str) and gather not in ("auto", "none"):
             raise ValueError(f"InfoNCELoss: gather is {gather!r}; expected 'auto', 'none' or a ProcessGroup")
         self.direction, self.gather = direction, gather
@@ -161,9 +157,7 @@ class LFCCLoss(nn.Module):
         self.return_parts = return_parts
         self._student_tokens = {"grid": student_grid, "prefix_tokens": student_prefix_tokens}
         self._teacher_tokens = {"grid": teacher_grid, "prefix_tokens": teacher_prefix_tokens}
-        self.student_filters = nn.ModuleList(
-            LowPassPyramid(self.scales, student_filter) for _ in student_channels
-        )
+        self.student_filters = nn.ModuleList(LowPassPyramid(self.scales, student_filter) for _ in student_channels)
         self.student_projections = nn.ModuleList(
             nn.Linear(c_student, c_teacher, bias=False)
             for c_student, c_teacher in zip(student_channels, teacher_channels, strict=True)
@@ -181,17 +175,13 @@ class LFCCLoss(nn.Module):
 
         `ids` (B,), integers: images with equal ids are no negatives of each other.
         """
-        return self.contrast(
-            self.student_pyramids(student_features), self.teacher_pyramids(teacher_features), ids
-        )
+        return self.contrast(self.student_pyramids(student_features), self.teacher_pyramids(teacher_features), ids)
 
     def student_pyramids(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Low-passed and projected features, (B, cells, C_t) float32 (float64 for float64) a stage."""
         self._check_stages("student", features)
         pyramids = []
-        for feature, low_pass, projection in zip(
-            features, self.student_filters, self.student_projections, strict=True
-        ):
+        for feature, low_pass, projection in zip(features, self.student_filters, self.student_projections, strict=True):
             pooled = low_pass(feature, **self._student_tokens if feature.dim() == 3 else {})
             # Pooling commutes with a bias-free channel map, so project the few cells, not the map.
             with torch.autocast(feature.device.type, enabled=False):
@@ -200,11 +190,10 @@ class LFCCLoss(nn.Module):
 
     @torch.no_grad()
     def teacher_pyramids(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Low-passed features, (B, cells, C_t) a stage, without gradient; may be kept and used in place of a teacher."""
+        """Low-passed features, (B, cells, C_t) a stage, without gradient; may be kept in a teacher's place."""
         self._check_stages("teacher", features)
         return [
-            self.teacher_filter(feature, **self._teacher_tokens if feature.dim() == 3 else {})
-            for feature in features
+            self.teacher_filter(feature, **self._teacher_tokens if feature.dim() == 3 else {}) for feature in features
         ]
 
     def contrast(
@@ -217,9 +206,7 @@ class LFCCLoss(nn.Module):
         cells = [s * s for s in self.scales]
         parts = {}
         for stage, (student, teacher) in enumerate(zip(student_pyramids, teacher_pyramids, strict=True)):
-            pairs = zip(
-                student.split(cells, 1), teacher.detach().to(student.dtype).split(cells, 1), strict=True
-            )
+            pairs = zip(student.split(cells, 1), teacher.detach().to(student.dtype).split(cells, 1), strict=True)
             for scale, (queries, keys) in zip(self.scales, pairs, strict=True):
                 parts[stage, scale] = self.info_nce(
                     queries.flatten(1), keys.flatten(1), student_ids=ids, teacher_ids=ids

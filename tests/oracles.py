@@ -153,8 +153,6 @@ def in_float64(*inputs: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
 
 
-def gradients(
-    output: Tensor, inputs: Sequence[Tensor | None], upstream: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def gradients(output: Tensor, inputs: Sequence[Tensor | None], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
     """Gradients for those of the inputs that learn."""
     return torch.autograd.grad(output, [x for x in inputs if x is not None and x.requires_grad], upstream)

@@ -16,9 +16,7 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def assert_same(
-    compiled: Callable[..., Tensor], function: Callable[..., Tensor], inputs: list[Tensor]
-) -> None:
+def assert_same(compiled: Callable[..., Tensor], function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     expected, result = function(*inputs), compiled(*inputs)
     torch.testing.assert_close(result, expected)
     upstream = torch.randn_like(expected)

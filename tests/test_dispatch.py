@@ -97,9 +97,8 @@ SERVED = "import torch; from lfcc_kernels.ops.dispatch import select; print(sele
 LOWPASS = "import torch, lfcc_kernels as lk; lk.lowpass(torch.ones(1, 1, 4, 4))"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("eager", "eager"), ("auto", FASTEST)])
-def test_environment_sets_the_default(name: str, expected: str) -> None:
-    assert python(SERVED, LFCC_BACKEND=name).stdout.strip() == expected
+def test_environment_sets_the_default() -> None:
+    assert python(SERVED, LFCC_BACKEND="eager").stdout.strip() == "eager"
 
 
 def test_unknown_name_in_the_environment_is_told_at_the_first_call() -> None:

@@ -235,15 +235,11 @@ def assert_raises(call: Callable[[], Any], error: type[Exception], fragments: li
 
 
 @pytest.mark.parametrize(("x", "arguments", "error", "fragments"), LOWPASS.values(), ids=LOWPASS)
-def test_lowpass(
-    backend: str, x: Any, arguments: dict[str, Any], error: type[Exception], fragments: list[str]
-) -> None:
+def test_lowpass(backend: str, x: Any, arguments: dict[str, Any], error: type[Exception], fragments: list[str]) -> None:
     assert_raises(lambda: lk.lowpass(x, **arguments), error, ["lowpass: ", *fragments])
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "arguments", "error", "fragments"), INFO_NCE.values(), ids=INFO_NCE
-)
+@pytest.mark.parametrize(("student", "teacher", "arguments", "error", "fragments"), INFO_NCE.values(), ids=INFO_NCE)
 def test_info_nce(
     backend: str,
     student: Any,
@@ -257,9 +253,7 @@ def test_info_nce(
 
 @pytest.mark.parametrize(("temperature", "error", "fragments"), TEMPERATURES.values(), ids=TEMPERATURES)
 def test_temperature(backend: str, temperature: Any, error: type[Exception], fragments: list[str]) -> None:
-    assert_raises(
-        lambda: lk.info_nce(ROWS, ROWS, temperature=temperature), error, ["temperature is", *fragments]
-    )
+    assert_raises(lambda: lk.info_nce(ROWS, ROWS, temperature=temperature), error, ["temperature is", *fragments])
 
 
 @pytest.mark.parametrize(("call", "error", "fragments"), MODULES.values(), ids=MODULES)

@@ -73,9 +73,7 @@ def check(student: Tensor, teacher: Tensor, **options: Any) -> None:
         assert_close_to_truth(result, torch_gradient, exact, factor=3, floor=floor)
 
 
-def pair(
-    batch: int = 65, keys: int = 65, width: int = 33, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
+def pair(batch: int = 65, keys: int = 65, width: int = 33, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Student and teacher rows that resemble each other a little, both learning."""
     common = randn(max(batch, keys), width)
     return [(common[:rows] + 2 * randn(rows, width)).to(dtype).requires_grad_() for rows in (batch, keys)]
@@ -87,18 +85,14 @@ def pair(
 def test_sizes(backend: str, size: str, dtype: torch.dtype, direction: str) -> None:
     batch, keys, offset, width = SIZES[size]
     temperature = torch.tensor(0.1, dtype=accumulator(dtype), requires_grad=True)
-    check(
-        *pair(batch, keys, width, dtype), temperature=temperature, direction=direction, positive_offset=offset
-    )
+    check(*pair(batch, keys, width, dtype), temperature=temperature, direction=direction, positive_offset=offset)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("keys", [65, 130])
 @pytest.mark.parametrize("learns", ["s", "t", "T", "st", "sT", "tT", "stT", ""])
 def test_gradients_for_every_subset(backend: str, learns: str, keys: int, direction: str) -> None:
-    student, teacher = (
-        x.detach().requires_grad_(name in learns) for x, name in zip(pair(65, keys), "st", strict=True)
-    )
+    student, teacher = (x.detach().requires_grad_(name in learns) for x, name in zip(pair(65, keys), "st", strict=True))
     temperature = torch.tensor(0.1, requires_grad="T" in learns)
     check(student, teacher, temperature=temperature, direction=direction, positive_offset=keys - 65)
 
@@ -107,9 +101,7 @@ def test_gradients_for_every_subset(backend: str, learns: str, keys: int, direct
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("temperature", [0.005, 0.1, 1.0, 10.0])
-def test_temperatures(
-    backend: str, temperature: float, dtype: torch.dtype, reduction: str, direction: str
-) -> None:
+def test_temperatures(backend: str, temperature: float, dtype: torch.dtype, reduction: str, direction: str) -> None:
     """Constant, and learning in the rows' type and in the other one."""
     student, teacher = pair(dtype=dtype)
     check(student, teacher, temperature=temperature, direction=direction, reduction=reduction)
@@ -122,9 +114,7 @@ IDS: dict[str, Callable[[int], Tensor]] = {
     "all different": lambda rows: torch.arange(rows),
     "five classes": lambda rows: torch.arange(rows) % 5,
     "repeats side by side": lambda rows: torch.arange(rows) // 2,
-    "mirror partners, as mixup makes": lambda rows: torch.minimum(
-        torch.arange(rows), rows - 1 - torch.arange(rows)
-    ),
+    "mirror partners, as mixup makes": lambda rows: torch.minimum(torch.arange(rows), rows - 1 - torch.arange(rows)),
     "all equal": lambda rows: torch.full((rows,), 7),
     "large and negative": lambda rows: (torch.arange(rows) % 3 - 1) * 2**62,
 }
@@ -205,9 +195,7 @@ def test_student_to_teacher_is_teacher_to_student_with_roles_changed(backend: st
     other = lk.info_nce(teacher, student, direction="teacher_to_student")
     both = lk.info_nce(student, teacher, direction="symmetric")
     torch.testing.assert_close(one, other)
-    torch.testing.assert_close(
-        both, (one + lk.info_nce(student, teacher, direction="teacher_to_student")) / 2
-    )
+    torch.testing.assert_close(both, (one + lk.info_nce(student, teacher, direction="teacher_to_student")) / 2)
 
 
 UPSTREAMS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -60,9 +60,7 @@ def test_rows_of_extreme_length(
     exact_inputs = in_float64(*inputs)
     loss, truth = lk.info_nce(*inputs, direction=direction), loop_info_nce(*exact_inputs, direction=direction)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
-    for rows, result, exact in zip(
-        exact_inputs, gradients(loss, inputs), gradients(truth, exact_inputs), strict=True
-    ):
+    for rows, result, exact in zip(exact_inputs, gradients(loss, inputs), gradients(truth, exact_inputs), strict=True):
         lengths = rows.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
         result, exact, numbers = result.double() * lengths, exact * lengths, torch.finfo(dtype)
         bound = 4 * numbers.eps * exact.abs() + numbers.eps * numbers.smallest_normal * lengths + 2e-6
@@ -70,9 +68,7 @@ def test_rows_of_extreme_length(
 
 
 @pytest.mark.parametrize("ids", [None, torch.arange(4)], ids=["no ids", "ids"])
-def test_a_zero_row_in_float16_leaves_the_loss_finite(
-    backend: str, direction: str, ids: Tensor | None
-) -> None:
+def test_a_zero_row_in_float16_leaves_the_loss_finite(backend: str, direction: str, ids: Tensor | None) -> None:
     """Its gradient is 1e12 times a number of order one, beyond float16; that of all other rows is finite."""
     student, teacher = (randn(4, 33).half() for _ in range(2))
     student[2] = 0
@@ -84,9 +80,7 @@ def test_a_zero_row_in_float16_leaves_the_loss_finite(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [2, 70, 600])
-def test_identical_rows_give_log_of_the_batch(
-    backend: str, rows: int, dtype: torch.dtype, direction: str
-) -> None:
+def test_identical_rows_give_log_of_the_batch(backend: str, rows: int, dtype: torch.dtype, direction: str) -> None:
     row = randn(1, 33).to(dtype)
     student, teacher = (row.repeat(rows, 1).requires_grad_() for _ in range(2))
     loss = lk.info_nce(student, teacher, direction=direction, temperature=0.005)

@@ -16,10 +16,10 @@ MAPS = {"student": [(12, 12), (7, 5)], "teacher": [(14, 14), (7, 7)]}
 TOKENS = {"student_grid": (6, 5), "student_prefix_tokens": 2, "teacher_prefix_tokens": 1}
 
 
-def features(dtype: torch.dtype = torch.float32, batch: int = 9) -> tuple[list[Tensor], list[Tensor]]:
-    """Maps of both sides, of two stages."""
+def features(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
+    """Maps of nine images in two stages; the student's learn."""
     student, teacher = (
-        [randn(batch, c, *size).to(dtype) for c, size in zip(channels, MAPS[side], strict=True)]
+        [randn(9, c, *size).to(dtype) for c, size in zip(channels, MAPS[side], strict=True)]
         for side, channels in (("student", STUDENT_CHANNELS), ("teacher", TEACHER_CHANNELS))
     )
     return [x.requires_grad_() for x in student], teacher
@@ -51,10 +51,17 @@ def written_out(
     return parts
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"direction": "symmetric", "temperature": 0.5}, {"direction": "teacher_to_student", "temperature": 0.02},
-    {"student_filter": "average"}, {"student_filter": "gaussian"}, {"student_filter": "dct", "temperature": 1.0},
-], ids=str)  # fmt: skip
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"direction": "symmetric", "temperature": 0.5},
+    {"direction": "teacher_to_student", "temperature": 0.02},
+    {"student_filter": "average"},
+    {"student_filter": "gaussian"},
+    {"student_filter": "dct", "temperature": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_loss_and_gradients_are_the_formula(backend: str, options: dict[str, Any]) -> None:
     loss, (student, teacher) = lfcc_loss(**options, return_parts=True), features()
     result, parts = loss(student, teacher)
@@ -82,9 +89,7 @@ def test_ids_reach_every_part(backend: str) -> None:
 
 
 def test_parameters_are_the_students(backend: str) -> None:
-    loss = lk.LFCCLoss(
-        STUDENT_CHANNELS, TEACHER_CHANNELS, teacher_filter="gaussian", learnable_temperature=True
-    )
+    loss = lk.LFCCLoss(STUDENT_CHANNELS, TEACHER_CHANNELS, teacher_filter="gaussian", learnable_temperature=True)
     shapes = {name: tuple(p.shape) for name, p in loss.named_parameters()}
     assert shapes == {
         "student_projections.0.weight": (8, 6),
@@ -123,8 +128,7 @@ def test_contrast_of_kept_pyramids_is_forward(backend: str) -> None:
 def test_tokens_and_maps_mix(backend: str) -> None:
     """A ViT learns from a CNN: the tokens' options leave maps alone."""
     loss, (student, teacher) = lfcc_loss(**TOKENS), features()
-    student = [randn(9, 6, 6, 5), student[1]]
-    teacher = [teacher[0], teacher[1]]
+    student[0] = randn(9, 6, 6, 5)
 
     def as_tokens(x: Tensor, prefix: int) -> Tensor:
         return torch.cat([randn(len(x), prefix, x.shape[1]), x.flatten(2).transpose(1, 2)], 1)
@@ -145,7 +149,7 @@ def test_one_module_serves_two_resolutions(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_small_features(backend: str, dtype: torch.dtype) -> None:
+def test_features_of_a_small_type(backend: str, dtype: torch.dtype) -> None:
     """What AMP hands over; the float32 loss sees only the features' rounding."""
     loss, (student, teacher) = lfcc_loss(temperature=0.2), features(dtype)
     result = loss(student, teacher)
@@ -164,11 +168,6 @@ def test_autocast_leaves_the_loss_in_float32(backend: str) -> None:
         result = loss(student, teacher)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        unrelated = loss(
-            *([torch.relu(x) @ torch.eye(x.shape[-1]) for x in side] for side in (student, teacher))
-        )
-    assert unrelated.dtype == torch.float32 and unrelated.isfinite()
 
 
 def test_float64(backend: str) -> None:
@@ -212,17 +211,18 @@ def test_compiled(backend: str, direction: str) -> None:
 
 def test_overfits_thirty_two_samples(backend: str) -> None:
     """From chance, about log(32), to almost nothing."""
-    loss, (student, teacher) = lk.LFCCLoss(STUDENT_CHANNELS, TEACHER_CHANNELS), features(batch=32)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+    loss, student = lk.LFCCLoss([32], [64]), randn(32, 32, 8, 8)
+    teacher = torch.einsum("tc,bchw->bthw", randn(64, 32), student)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.03)
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        value = loss([x.detach() for x in student], teacher)
+        value = loss([student], [teacher])
         value.backward()
         optimizer.step()
         losses.append(value.item())
     assert losses[0] == pytest.approx(math.log(32), abs=1.0)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.05
 
 
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student", "symmetric"])

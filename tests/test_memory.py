@@ -15,7 +15,8 @@ import lfcc_kernels as lk
 batch, dim, direction = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
 def held(field):
-    return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 def step(batch, dim):
     student, teacher = torch.randn(batch, dim, requires_grad=True), torch.randn(batch, dim)
@@ -37,15 +38,13 @@ def working_mebibytes(batch: int, dim: int, direction: str = "student_to_teacher
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark"
-)
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 
 
 @pytest.mark.parametrize("dim", [128, 512])
-def test_contrast_stays_under_32_mebibytes(dim):
+def test_contrast_stays_under_32_mebibytes(dim: int) -> None:
     assert working_mebibytes(4096, dim) < 32  # the similarities alone are 64
 
 
-def test_symmetric_contrast_does_not_hold_the_matrix():
+def test_symmetric_contrast_does_not_hold_the_matrix() -> None:
     assert working_mebibytes(6144, 128, "symmetric") < 32  # the similarities alone are 144

@@ -36,7 +36,7 @@ struct Side {
       : data(data), count(count), stride(stride), width(width), normalize(normalize), scale(count, A(1)),
         shrunk(count, 0) {
     if (normalize)
-      parallel_for(std::min<int64_t>(count, MAX_UNITS), [&](int64_t begin, int64_t end) {
+      parallel_for(std::min<int64_t>(count, MAX_UNITS), count * width / std::min<int64_t>(count, MAX_UNITS), [&](int64_t begin, int64_t end) {
         const int64_t units = std::min<int64_t>(count, MAX_UNITS);
         for (int64_t row = begin * count / units; row < end * count / units; ++row) {
           const double norm = std::sqrt(tile::square_sum(data + row * stride, width));
@@ -109,11 +109,11 @@ int64_t tile_keys(int64_t count, int64_t width) {
   return std::min({TILE_KEYS, fitting, count});
 }
 
-// Calls body(unit, block_begin, block_end) for fixed shares of the blocks, in parallel.
+// Calls body(unit, block_begin, block_end) for fixed shares of the blocks, in parallel; a block has `work` products.
 template <typename Body>
-void for_shares(int64_t blocks, const Body& body) {
+void for_shares(int64_t blocks, int64_t work, const Body& body) {
   const int64_t units = std::min(blocks, MAX_UNITS);
-  parallel_for(units, [&](int64_t begin, int64_t end) {
+  parallel_for(units, work, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) body(unit, unit * blocks / units, (unit + 1) * blocks / units);
   });
 }
@@ -137,7 +137,7 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
   const A none = -std::numeric_limits<A>::infinity();
   std::vector<std::vector<A>> col_maximum(MAX_UNITS), col_sum(MAX_UNITS);  // of each share of the rows
 
-  for_shares(blocks, [&](int64_t unit, int64_t begin, int64_t end) {
+  for_shares(blocks, block * keys.count * keys.width, [&](int64_t unit, int64_t begin, int64_t end) {
     Workspace<T, A> work(rows, keys, block, n_tile);
     std::vector<A> maximum(block), sum(block), before(n_tile);
     if (pair.symmetric) col_maximum[unit].assign(rows.count, none), col_sum[unit].assign(rows.count, A(0));
@@ -186,7 +186,7 @@ void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, 
   const int64_t blocks = (rows.count + block - 1) / block, width = rows.width;
   const A temperature = A(pair.temperature);
 
-  for_shares(blocks, [&](int64_t, int64_t begin, int64_t end) {
+  for_shares(blocks, block * keys.count * width, [&](int64_t, int64_t begin, int64_t end) {
     Workspace<T, A> work(rows, keys, block, n_tile);
     std::vector<A> maximum(block), sum(block);
     for (int64_t first = begin * block; first < std::min(end * block, rows.count); first += block) {
@@ -261,7 +261,7 @@ void info_nce_grad(
   const A temperature = A(pair.temperature);
   std::vector<A> along(own.count);
 
-  for_shares(blocks, [&](int64_t, int64_t begin, int64_t end) {
+  for_shares(blocks, block * other.count * width, [&](int64_t, int64_t begin, int64_t end) {
     Workspace<T, A> work(own, other, block, n_tile);
     std::vector<A> output(block * width);
     for (int64_t first = begin * block; first < std::min(end * block, own.count); first += block) {

@@ -76,20 +76,22 @@ Filters<A> make_filters(
 
 template <typename T, typename A>
 void lowpass(const Filters<A>& filters, const Map<const T>& x, T* y) {
+  const int64_t size = x.height * x.width;
   if (x.stride_w == 1)
-    parallel_for(planes::units(x), [&](int64_t begin, int64_t end) { planes::forward(filters, x, y, begin, end); });
+    parallel_for(planes::units(x), LANES * size, [&](int64_t begin, int64_t end) { planes::forward(filters, x, y, begin, end); });
   else
-    parallel_for(lanes::units(x), [&](int64_t begin, int64_t end) { lanes::forward(filters, x, y, begin, end); });
+    parallel_for(lanes::units(x), lanes::BLOCK * size, [&](int64_t begin, int64_t end) { lanes::forward(filters, x, y, begin, end); });
 }
 
 template <typename T, typename A>
 void lowpass_input_grad(const Filters<A>& filters, const T* grad, const Map<T>& grad_x) {
+  const int64_t size = grad_x.height * grad_x.width;
   if (grad_x.stride_w == 1)
-    parallel_for(planes::units(grad_x), [&](int64_t begin, int64_t end) {
+    parallel_for(planes::units(grad_x), LANES * size, [&](int64_t begin, int64_t end) {
       planes::input_grad(filters, grad, grad_x, begin, end);
     });
   else
-    parallel_for(lanes::units(grad_x), [&](int64_t begin, int64_t end) {
+    parallel_for(lanes::units(grad_x), lanes::BLOCK * size, [&](int64_t begin, int64_t end) {
       lanes::input_grad(filters, grad, grad_x, begin, end);
     });
 }
@@ -102,7 +104,8 @@ void lowpass_filter_grad(
   const int64_t units = in_planes ? planes::units(x) : lanes::units(x);
   const int64_t parts = std::min(FILTER_GRAD_PARTS, units), stride = row_values + col_values;
   std::vector<A> sums(parts * stride, A(0));
-  parallel_for(parts, [&](int64_t begin, int64_t end) {
+  const int64_t work = x.batch * x.channels * x.height * x.width / parts;
+  parallel_for(parts, work, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       A* rows = sums.data() + part * stride;
       const int64_t from = part * units / parts, to = (part + 1) * units / parts;

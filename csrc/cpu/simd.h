@@ -7,12 +7,8 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// One build, the instruction set chosen when the library is loaded. Code called from a clone must be inlined into it.
-#define LFCC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LFCC_CLONES
-#endif
+#include "cpu/clones.h"
+
 #define LFCC_INLINE inline __attribute__((always_inline))
 #define LFCC_INLINE_LAMBDA __attribute__((always_inline))
 

@@ -40,7 +40,7 @@ def info_nce(
     with torch.autocast(student.device.type, enabled=False):
         queries, keys = student.to(accumulator(student.dtype)), teacher.to(accumulator(teacher.dtype))
         if normalize:
-            queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+            queries, keys = _unit_rows(queries), _unit_rows(keys)
         logits = queries @ keys.t() / temperature.to(queries)
         rows = torch.arange(len(queries), device=student.device)
         positives = rows + positive_offset
@@ -53,6 +53,11 @@ def info_nce(
             columns = logits[:, positive_offset : positive_offset + len(queries)]
             losses = (losses + F.cross_entropy(columns.t(), rows, reduction="none")) / 2
         return losses
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    """F.normalize, of rows first scaled down to at most 1, since the squares of long ones overflow."""
+    return F.normalize(rows / rows.detach().abs().amax(1, keepdim=True).clamp(min=1), dim=1)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

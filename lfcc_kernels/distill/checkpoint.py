@@ -118,9 +118,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or no checkpoint of PyTorch ({reason})") from error
     missing = {"state_dict", "optimizer", "scaler", "progress", "rng", "config"} - state.keys()
     if missing:
-        raise CheckpointError(
-            f"{path} is no checkpoint of a training run: it has no {', '.join(sorted(missing))}"
-        )
+        raise CheckpointError(f"{path} is no checkpoint of a training run: it has no {', '.join(sorted(missing))}")
     return state
 
 

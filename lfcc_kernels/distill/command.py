@@ -112,9 +112,7 @@ def _train(args: argparse.Namespace, run: RunFolder, checkpoint: Mapping[str, An
         device=device,
     )
     val_images = EvaluationImages(val, create_transform(**data_config))
-    val_loader = DataLoader(
-        val_images, args.batch_size, num_workers=args.workers, generator=torch.Generator()
-    )
+    val_loader = DataLoader(val_images, args.batch_size, num_workers=args.workers, generator=torch.Generator())
     evaluate = functools.partial(top1, loader=val_loader, num_classes=classes)
 
     precision = str(settings.precision(device)).removeprefix("torch.")
@@ -141,9 +139,7 @@ def _create_teacher(
     if args.teacher is None:
         raise ValueError("no teacher: name a timm model with --teacher, or set --kd-alpha 0 --lfcc-beta 0")
     size = args.teacher_img_size or image_size
-    model = load_teacher(
-        args.teacher, args.teacher_checkpoint, classes, image_size=size, **args.teacher_kwargs
-    )
+    model = load_teacher(args.teacher, args.teacher_checkpoint, classes, image_size=size, **args.teacher_kwargs)
     return create_extractor(
         model.eval(),
         args.teacher_taps if args.lfcc_beta else (),
@@ -197,9 +193,7 @@ def inspect_model(name: str, image_size: int | None = None) -> str:
         for tap in taps
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
         [
             f"{name} at {size} x {size} pixels: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "

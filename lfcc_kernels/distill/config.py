@@ -38,9 +38,7 @@ def create_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
-    parser.add_argument(
-        "-c", "--config", type=Path, metavar="FILE", help="YAML file of options; the command line wins"
-    )
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="YAML file of options; the command line wins")
 
     add = parser.add_argument_group("data").add_argument
     add(
@@ -112,9 +110,7 @@ def create_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run folder").add_argument
     add("--output", default="runs", metavar="DIR", help="where run folders are made")
     add("--experiment", metavar="NAME", help="name of the run folder; models and time if not given")
-    add(
-        "--resume", metavar="PATH", help="go on from a checkpoint, from a run folder or from the `latest` run"
-    )
+    add("--resume", metavar="PATH", help="go on from a checkpoint, from a run folder or from the `latest` run")
     add("--log-interval", type=_count, metavar="N", help="updates between two rows of the log")
     add(
         "--checkpoint-interval",
@@ -126,9 +122,7 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def merge(
-    parser: argparse.ArgumentParser, argv: Sequence[str], *configs: Mapping[str, Any]
-) -> argparse.Namespace:
+def merge(parser: argparse.ArgumentParser, argv: Sequence[str], *configs: Mapping[str, Any]) -> argparse.Namespace:
     """Parse `argv` over `configs`, later ones over earlier ones, so that all values pass the same checks."""
     return parser.parse_args([word for config in configs for word in _as_words(parser, config)] + list(argv))
 
@@ -157,9 +151,7 @@ def _as_words(parser: argparse.ArgumentParser, config: Mapping[str, Any]) -> lis
     for key, value in config.items():
         option = str(key).replace("_", "-")
         if option.replace("-", "_") not in known:
-            raise ValueError(
-                f"the configuration has an unknown option {key!r}; lfcc distill --help lists all"
-            )
+            raise ValueError(f"the configuration has an unknown option {key!r}; lfcc distill --help lists all")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, dict):

@@ -75,9 +75,7 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
 def _open_folder(root: Path, split: str) -> Dataset:
     folder = root / split
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}: expected train/CLASS/IMAGE and val/CLASS/IMAGE in {root}"
-        )
+        raise FileNotFoundError(f"no folder {folder}: expected train/CLASS/IMAGE and val/CLASS/IMAGE in {root}")
     try:
         return ImageFolder(str(folder))
     except FileNotFoundError as error:  # torchvision says so of a class without a picture, too

@@ -53,9 +53,7 @@ class Distiller(nn.Module):
         if not (math.isfinite(kd_temperature) and kd_temperature > 0):
             raise ValueError(f"kd_temperature must be a finite positive number, got {kd_temperature}")
         if beta > 0 and lfcc is None:
-            raise ValueError(
-                "beta > 0 needs the LFCC loss: pass lfcc=build_lfcc(student, teacher), or beta=0"
-            )
+            raise ValueError("beta > 0 needs the LFCC loss: pass lfcc=build_lfcc(student, teacher), or beta=0")
         self.student = student
         self.lfcc = lfcc if beta > 0 else None
         self.weights = {"ce": 1.0} | {name: w for name, w in (("kd", alpha), ("lfcc", beta)) if w > 0}
@@ -69,9 +67,7 @@ class Distiller(nn.Module):
         if self.weights.keys() == {"ce"}:
             return TeacherOutputs(None, None)
         if self.teacher is None:
-            raise RuntimeError(
-                "this Distiller has no teacher: pass one, or give fit batches with teacher outputs"
-            )
+            raise RuntimeError("this Distiller has no teacher: pass one, or give fit batches with teacher outputs")
         logits, features = self.teacher(images)
         return TeacherOutputs(
             logits if "kd" in self.weights else None,

@@ -65,9 +65,7 @@ class IntermediatesExtractor(FeatureExtractor):
             output_fmt="NLC" if self.taps[0].layout == "tokens" else "NCHW",
         )
         if self.taps[0].layout == "tokens":
-            features = [
-                _tokens_to_map(tokens, tap.grid) for tokens, tap in zip(features, self.taps, strict=True)
-            ]
+            features = [_tokens_to_map(tokens, tap.grid) for tokens, tap in zip(features, self.taps, strict=True)]
         return self.model.forward_head(last), features
 
 
@@ -178,9 +176,7 @@ def _hooked_taps(
 ) -> list[Tap]:
     modules = dict(model.named_modules())
     if unknown := [name for name in names if name not in modules]:
-        raise ValueError(
-            f"{type(model).__name__} has no module {unknown[0]!r}; model.named_modules() lists its names"
-        )
+        raise ValueError(f"{type(model).__name__} has no module {unknown[0]!r}; model.named_modules() lists its names")
     outputs: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:

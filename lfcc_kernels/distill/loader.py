@@ -40,9 +40,7 @@ class TrainBatches:
             seed,
             torch.device(device),
         )
-        self._items: list[
-            tuple[int, int]
-        ] = []  # of the epoch to come; the loader reads it when an epoch begins
+        self._items: list[tuple[int, int]] = []  # of the epoch to come; the loader reads it when an epoch begins
         self._loader = DataLoader(
             _SeededImages(dataset, transform),
             batch_size,
@@ -62,9 +60,7 @@ class TrainBatches:
         order, seeds = rng.permutation(self._size), rng.integers(2**32, size=self._size)
         self._items[:] = list(zip(order.tolist(), seeds.tolist(), strict=True))[first * self._batch_size :]
         for images, labels in self._loader:
-            yield Batch(
-                images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-            )
+            yield Batch(images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True))
 
 
 class _SeededImages(Dataset):

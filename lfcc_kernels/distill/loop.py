@@ -143,16 +143,12 @@ def fit(
     return progress.summary
 
 
-def create_training_state(
-    distiller: Distiller, updates_per_epoch: int, settings: FitSettings
-) -> TrainingState:
+def create_training_state(distiller: Distiller, updates_per_epoch: int, settings: FitSettings) -> TrainingState:
     """Optimizer over student, projections and filters, schedule by update, loss scaler, moving average."""
     if updates_per_epoch < 1:
         raise ValueError("an epoch has no full batch: the training set is smaller than the batch size")
     device = next(distiller.parameters()).device
-    optimizer = create_optimizer_v2(
-        distiller, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = create_optimizer_v2(distiller, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=settings.sched,

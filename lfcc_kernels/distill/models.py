@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import CheckpointError
 
 
-def create_model(
-    name: str, *, image_size: int | None = None, pretrained: bool = False, **kwargs: Any
-) -> nn.Module:
+def create_model(name: str, *, image_size: int | None = None, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """`timm.create_model` for `image_size`, which a convolutional network does not ask for.
 
     Raises ValueError for a name that timm does not know, weights that cannot be had or arguments that do not
@@ -37,9 +35,7 @@ def create_model(
         raise ValueError(f"{name} cannot be made: {str(error) or type(error).__name__}{mend}") from error
 
 
-def load_teacher(
-    name: str, checkpoint: str | None, num_classes: int, *, image_size: int, **kwargs: Any
-) -> nn.Module:
+def load_teacher(name: str, checkpoint: str | None, num_classes: int, *, image_size: int, **kwargs: Any) -> nn.Module:
     """A pretrained teacher with the head that its weights have.
 
     `checkpoint` is a file of timm or of a run of this package (its moving average if there is one); None
@@ -52,14 +48,10 @@ def load_teacher(
     except FileNotFoundError:
         raise FileNotFoundError(f"no teacher checkpoint at {checkpoint}") from None
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise CheckpointError(
-            f"{checkpoint} is damaged or no checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"{checkpoint} is damaged or no checkpoint ({str(error).splitlines()[0]})") from error
     classifier = timm.models.get_pretrained_cfg_value(name, "classifier") if timm.is_model(name) else None
     head = weights.get(f"{classifier}.weight")
-    model = create_model(
-        name, image_size=image_size, num_classes=num_classes if head is None else len(head), **kwargs
-    )
+    model = create_model(name, image_size=image_size, num_classes=num_classes if head is None else len(head), **kwargs)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -74,9 +66,7 @@ class TeacherInput(nn.Module):
         super().__init__()
         old, new = resolve_data_config(model=student), resolve_data_config(model=teacher)
         self.register_buffer("scale", _channels(old["std"]) / _channels(new["std"]))
-        self.register_buffer(
-            "shift", (_channels(old["mean"]) - _channels(new["mean"])) / _channels(new["std"])
-        )
+        self.register_buffer("shift", (_channels(old["mean"]) - _channels(new["mean"])) / _channels(new["std"]))
         self.image_size = image_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -89,9 +79,7 @@ class TeacherInput(nn.Module):
 def check_classes(dataset: str, train: Sequence[str], val: Sequence[str], teacher_head: int | None) -> None:
     """Raises ValueError where training set, validation set and teacher do not have the same classes."""
     if list(train) != list(val):
-        raise ValueError(
-            f"{dataset} has {len(train)} classes for training and {len(val)} others for validation"
-        )
+        raise ValueError(f"{dataset} has {len(train)} classes for training and {len(val)} others for validation")
     if teacher_head not in (None, len(train)):
         raise ValueError(
             f"the teacher's head has {teacher_head} classes and {dataset} has {len(train)}: give a "

@@ -90,8 +90,7 @@ def text_table(rows: Rows) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
     )
 
 
@@ -102,9 +101,7 @@ def _load(folders: Sequence[str | Path]) -> list[Run]:
     for folder in folders:
         epochs, versions = read_csv(folder / "summary.csv"), folder / "versions.json"
         if not epochs:
-            raise FileNotFoundError(
-                f"{folder} is no folder of a run: it has no finished epoch in a summary.csv"
-            )
+            raise FileNotFoundError(f"{folder} is no folder of a run: it has no finished epoch in a summary.csv")
         runs.append(
             Run(
                 name=folder.name if short else f"{folder.parent.name}-{folder.name}",
@@ -136,10 +133,7 @@ def _where(runs: Sequence[Run]) -> Rows:
     same = all(run.versions == runs[0].versions for run in runs)
     columns = {"all runs": runs[0].versions} if same else {run.name: run.versions for run in runs}
     facts = dict.fromkeys(fact for versions in columns.values() for fact in versions)
-    return [
-        {"": fact, **{name: _plain(versions.get(fact)) for name, versions in columns.items()}}
-        for fact in facts
-    ]
+    return [{"": fact, **{name: _plain(versions.get(fact)) for name, versions in columns.items()}} for fact in facts]
 
 
 def _plain(value: object) -> str:
@@ -150,15 +144,11 @@ def _plain(value: object) -> str:
 
 def _accuracy(runs: Sequence[Run]) -> Picture:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, x, label in zip(
-        figure.subplots(1, 2), ("step", "seconds"), ("updates", "seconds"), strict=True
-    ):
+    for axes, x, label in zip(figure.subplots(1, 2), ("step", "seconds"), ("updates", "seconds"), strict=True):
         for run in runs:
             axes.plot([e[x] for e in run.epochs], [e["top1"] for e in run.epochs], marker=".", label=run.name)
         _label(axes, label, "top-1 accuracy, %")
-    return Picture(
-        "accuracy", "Accuracy", "Held-out accuracy during training, by updates and by time.", figure
-    )
+    return Picture("accuracy", "Accuracy", "Held-out accuracy during training, by updates and by time.", figure)
 
 
 def _terms(runs: Sequence[Run]) -> Picture:
@@ -168,13 +158,9 @@ def _terms(runs: Sequence[Run]) -> Picture:
         for run in runs:
             rows = [row for row in run.steps if term in row]
             # A run without this term takes its turn too, so that it has one color in all panels.
-            axes.plot(
-                [row["step"] for row in rows], [row[term] for row in rows], label=run.name if rows else None
-            )
+            axes.plot([row["step"] for row in rows], [row[term] for row in rows], label=run.name if rows else None)
         _label(axes, "updates", _TERMS[term])
-    return Picture(
-        "terms", "Loss terms", "Each term before its weight, as a mean between two log rows.", figure
-    )
+    return Picture("terms", "Loss terms", "Each term before its weight, as a mean between two log rows.", figure)
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
@@ -215,6 +201,4 @@ def _html_table(rows: Rows) -> str:
 
 def _html_page(title: str, body: Sequence[str]) -> str:
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>'
-    return "\n".join(
-        ["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>\n"]
-    )
+    return "\n".join(["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>\n"])

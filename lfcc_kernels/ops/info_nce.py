@@ -19,8 +19,7 @@ from lfcc_kernels.ops.dispatch import select
 from lfcc_kernels.ops.registration import define, first_order_only, library
 
 _PAIR = (
-    "Tensor student, Tensor teacher, Tensor temperature, Tensor? student_ids, Tensor? teacher_ids, "
-    "int positive_offset"
+    "Tensor student, Tensor teacher, Tensor temperature, Tensor? student_ids, Tensor? teacher_ids, int positive_offset"
 )
 SCHEMAS = [
     f"info_nce({_PAIR}, bool symmetric, bool normalize) -> (Tensor losses, Tensor row_lse, Tensor col_lse)",
@@ -82,7 +81,7 @@ def _(
 
 def _setup_rows(ctx, inputs, output):
     *pair, ctx.positive_offset, ctx.normalize = inputs
-    losses, row_lse, student_grad, temperature_grad = output
+    _losses, row_lse, student_grad, temperature_grad = output
     ctx.mark_non_differentiable(row_lse, student_grad, temperature_grad)
     ctx.save_for_backward(*pair, row_lse, student_grad, temperature_grad)
 
@@ -141,7 +140,5 @@ def _backward_both(ctx, grad, *_):
     )  # fmt: skip
 
 
-torch.library.register_autograd(
-    "lfcc::info_nce_one_pass", _backward_rows, setup_context=_setup_rows, lib=library
-)
+torch.library.register_autograd("lfcc::info_nce_one_pass", _backward_rows, setup_context=_setup_rows, lib=library)
 torch.library.register_autograd("lfcc::info_nce", _backward_both, setup_context=_setup_both, lib=library)

@@ -48,9 +48,7 @@ def test_a_checkpoint_comes_back_and_timm_reads_it(tmp_path: Path) -> None:
     model = timm.create_model(
         "test_vit", num_classes=3, img_size=32, patch_size=8, checkpoint_path=str(tmp_path / "last.pt")
     )
-    assert all(
-        torch.equal(value, saved["state_dict_ema"][name]) for name, value in model.state_dict().items()
-    )
+    assert all(torch.equal(value, saved["state_dict_ema"][name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "code", "other"])
@@ -72,11 +70,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
                 "text": b"not a checkpoint",
             }[damage]
         )
-    what = (
-        "is no checkpoint of a training run"
-        if damage == "other"
-        else "is damaged or no checkpoint of PyTorch"
-    )
+    what = "is no checkpoint of a training run" if damage == "other" else "is damaged or no checkpoint of PyTorch"
     with pytest.raises(CheckpointError, match=f"last.pt {what}"):
         load_checkpoint(path)
 
@@ -89,9 +83,7 @@ def test_a_checkpoint_that_does_not_fit() -> None:
         create_training_state(make_distiller(beta=0), 4, FitSettings()).load_state_dict(state())
     wider = state()
     wider["state_dict"]["head.weight"] = torch.zeros(9, 64)
-    with pytest.raises(
-        CheckpointError, match=r"state_dict of the checkpoint does not fit this run: .*head\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"state_dict of the checkpoint does not fit this run: .*head\.weight"):
         here.load_state_dict(wider)
 
 

@@ -37,9 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_whole_distillation(tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture) -> None:
-    options = (
-        f"--teacher-checkpoint {teacher} --epochs 4 --lr 2e-3 --clip-grad 1 --warmup-epochs 0 --model-ema"
-    )
+    options = f"--teacher-checkpoint {teacher} --epochs 4 --lr 2e-3 --clip-grad 1 --warmup-epochs 0 --model-ema"
     run = tmp_path / "digits"
     assert distill(tmp_path, f"{options} --model-ema --experiment digits") == 0
     output = capsys.readouterr().out
@@ -75,9 +73,7 @@ def test_resume_from_the_command_line(tmp_path: Path, teacher: Path, capsys: pyt
         patch.setattr(loop, "save_checkpoint", save_and_die)
         distill(tmp_path, f"{options} --experiment broken")
     assert lfcc(f"distill --resume {tmp_path}/broken") == 0
-    straight, resumed = (
-        load_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("straight", "broken")
-    )
+    straight, resumed = (load_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("straight", "broken"))
     for name, value in straight["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), name
 
@@ -145,9 +141,7 @@ def test_what_must_be_named(capsys: pytest.CaptureFixture) -> None:
     assert "no teacher: name a timm model with --teacher" in capsys.readouterr().err
 
 
-def test_classes_that_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_classes_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     opened = command.open_dataset
 
     def fewer(name: str, root: str, split: str):
@@ -156,9 +150,7 @@ def test_classes_that_differ(
         return dataset
 
     monkeypatch.setattr(command, "open_dataset", fewer)
-    assert (
-        lfcc(f"{DIGITS} --student test_resnet --kd-alpha 0 --lfcc-beta 0 --epochs 1 --output {tmp_path}") == 1
-    )
+    assert lfcc(f"{DIGITS} --student test_resnet --kd-alpha 0 --lfcc-beta 0 --epochs 1 --output {tmp_path}") == 1
     assert "digits has 10 classes for training and 9 others for validation" in capsys.readouterr().err
 
 

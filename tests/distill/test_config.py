@@ -28,12 +28,8 @@ def test_the_command_line_wins_over_yaml_over_the_defaults(tmp_path: Path) -> No
 
 
 def test_a_resolved_configuration_comes_back_through_yaml(tmp_path: Path) -> None:
-    words = (
-        "--student resnet18 --student-taps 1 layer2 --student-kwargs drop_rate=0.1 norm=null --clip-grad 5"
-    )
-    args = merge(
-        create_parser(), [*words.split(), "--no-amp", "--experiment", "two words", "--kd-alpha", "-1"]
-    )
+    words = "--student resnet18 --student-taps 1 layer2 --student-kwargs drop_rate=0.1 norm=null --clip-grad 5"
+    args = merge(create_parser(), [*words.split(), "--no-amp", "--experiment", "two words", "--kd-alpha", "-1"])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(as_config(args)))
     assert as_config(merge(create_parser(), [], read_yaml(path))) == as_config(args)

@@ -180,9 +180,7 @@ def fashion(monkeypatch) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {"train-images-idx3": (6, 28, 28), "train-labels-idx1": (6,)}
     shapes |= {"t10k-images-idx3": (3, 28, 28), "t10k-labels-idx1": (3,)}
-    arrays = {
-        f"{name}-ubyte": rng.integers(10, size=shape).astype(np.uint8) for name, shape in shapes.items()
-    }
+    arrays = {f"{name}-ubyte": rng.integers(10, size=shape).astype(np.uint8) for name, shape in shapes.items()}
     for name, array in arrays.items():
         monkeypatch.setitem(data.FASHION_MNIST_MD5, name, md5(idx(array)))
     monkeypatch.setattr(data, "FASHION_MNIST_SYSTEM_FOLDER", Path("/nonexistent"))

@@ -41,9 +41,7 @@ def test_whole_demonstration(tmp_path, capsys):
     printed = capsys.readouterr().out
     table = printed[printed.index("test accuracy") :]
     for arm in ARMS:
-        assert re.search(
-            rf"^{re.escape(arm.title)} +\d+\.\d ± \d\.\d % +\d+ s +\d+\.\d%$", table, re.MULTILINE
-        )
+        assert re.search(rf"^{re.escape(arm.title)} +\d+\.\d ± \d\.\d % +\d+ s +\d+\.\d%$", table, re.MULTILINE)
         assert [row["step"] for row in read_csv(tmp_path / "out" / arm.folder / "summary.csv")] == [3, 6]
     assert re.search(r"^teacher \(8 test images\) +\d+", table, re.MULTILINE)
     assert f"backend '{'cpu' if 'cpu' in lk.available_backends() else 'eager'}'" in printed
@@ -81,9 +79,7 @@ def test_the_split_hides_labels_and_the_teacher_is_cached_in_order(tmp_path):
 
 
 def test_batches_visit_all_before_any_twice_and_depend_on_the_seed_alone():
-    images = Images(
-        torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32), torch.arange(10)
-    )
+    images = Images(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32), torch.arange(10))
     teacher = TeacherOutputs(torch.arange(10.0)[:, None], [torch.arange(10.0).half()[:, None, None]])
     batches = TrainingBatches(images, size=4, updates=3, epochs=2, seed=1, teacher=teacher)
     assert len(batches) == 3

@@ -23,13 +23,9 @@ def test_one_forward_gives_the_logits_and_timms_maps(name: str) -> None:
     extractor = create_extractor(model, [1, 3], image_size=64)
     logits, features = extractor(images)
     torch.testing.assert_close(logits, model(images), rtol=0, atol=0)
-    for ours, timms in zip(
-        features, model.forward_intermediates(images, [1, 3], intermediates_only=True), strict=True
-    ):
+    for ours, timms in zip(features, model.forward_intermediates(images, [1, 3], intermediates_only=True), strict=True):
         torch.testing.assert_close(ours, timms, rtol=0, atol=0)
-    assert [tuple(feature.shape[1:]) for feature in features] == [
-        (t.channels, *t.grid) for t in extractor.taps
-    ]
+    assert [tuple(feature.shape[1:]) for feature in features] == [(t.channels, *t.grid) for t in extractor.taps]
     assert extractor.channels == [model.feature_info[index]["num_chs"] for index in (1, 3)]
 
 

@@ -12,8 +12,7 @@ from lfcc_kernels.distill.loader import EvaluationImages, TrainBatches, top1
 from lfcc_kernels.distill.models import TeacherInput
 
 IMAGES = [
-    (Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24), dtype=np.uint8)), i % 3)
-    for i in range(10)
+    (Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24), dtype=np.uint8)), i % 3) for i in range(10)
 ]
 TRANSFORM = create_transform(16, is_training=True, auto_augment="rand-m9-mstd0.5", re_prob=0.5)
 

@@ -24,9 +24,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
         weighted = row["ce_weighted"] + row["kd_weighted"] + row["lfcc_weighted"]
         assert row["loss"] == pytest.approx(weighted, rel=1e-5)
         assert 0 < row["loss_share"] < 1 and 0 < row["data_share"] < 1 and row["images_per_second"] > 0
-    assert epochs[0]["loss"] == pytest.approx(
-        (2 * steps[0]["loss"] + steps[1]["loss"] + steps[2]["loss"]) / 4
-    )
+    assert epochs[0]["loss"] == pytest.approx((2 * steps[0]["loss"] + steps[1]["loss"] + steps[2]["loss"]) / 4)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.yaml", "versions.json", "steps.csv", "summary.csv", "events", "checkpoints"
     }  # fmt: skip
@@ -38,9 +36,7 @@ def test_weights_reach_the_log(tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=1, model_ema=False)
     fit(make_distiller(alpha=0.5, beta=0), ToyBatches(), no_evaluation, settings, RunFolder(tmp_path))
     (row,) = read_csv(tmp_path / "summary.csv")
-    assert (
-        row["kd_weighted"] == pytest.approx(0.5 * row["kd"]) and "lfcc" not in row and "top1_ema" not in row
-    )
+    assert row["kd_weighted"] == pytest.approx(0.5 * row["kd"]) and "lfcc" not in row and "top1_ema" not in row
     assert row["loss"] == pytest.approx(row["ce"] + 0.5 * row["kd"], rel=1e-5)
 
 
@@ -106,9 +102,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
             for images, labels, _ in super().epoch(epoch, first):
                 yield Batch(images * (math.nan if epoch == 1 else 1), labels)
 
-    with pytest.raises(
-        FloatingPointError, match=r"the loss is nan at update 5; the last checkpoint is from before"
-    ):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at update 5; the last checkpoint is from before"):
         run(tmp_path, Diverging(), log_interval=1)
     saved = load_checkpoint(tmp_path / "checkpoints/last.pt")
     assert saved["progress"]["step"] == 4
@@ -132,9 +126,7 @@ def test_an_epoch_that_ends_early_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_gradient_is_clipped_over_student_and_projections_together() -> None:
-    settings = replace(
-        SETTINGS, opt="sgd", lr=1.0, weight_decay=0, clip_grad=1e-3, sched="none", model_ema=False
-    )
+    settings = replace(SETTINGS, opt="sgd", lr=1.0, weight_decay=0, clip_grad=1e-3, sched="none", model_ema=False)
     distiller = make_distiller()
     state = create_training_state(distiller, 4, settings)
     before = [p.detach().clone() for p in distiller.parameters()]
@@ -151,9 +143,7 @@ def test_an_update_starts_from_no_gradient() -> None:
         next(iter(ToyBatches().epoch(0))),
     )
     state = create_training_state(make_distiller().eval(), 4, settings)
-    norms = {
-        update(state, batch, settings, StepTimer(torch.device("cpu")))["grad_norm"].item() for _ in range(2)
-    }
+    norms = {update(state, batch, settings, StepTimer(torch.device("cpu")))["grad_norm"].item() for _ in range(2)}
     assert len(norms) == 1
 
 

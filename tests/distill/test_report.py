@@ -65,9 +65,7 @@ def test_runs_of_one_name_and_of_two_places(tmp_path):
     ]
     text = write_report(runs, tmp_path / "out").read_text()
     assert "<td>python</td><td>3.11</td><td>3.12</td><td>-</td>" in text
-    assert {path.name for path in (tmp_path / "out").glob("*-steps.csv")} == {
-        f"{x}-run-steps.csv" for x in "abc"
-    }
+    assert {path.name for path in (tmp_path / "out").glob("*-steps.csv")} == {f"{x}-run-steps.csv" for x in "abc"}
 
 
 @pytest.mark.parametrize("summary", [None, "", "epoch,step\n"])

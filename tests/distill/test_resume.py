@@ -27,11 +27,7 @@ def augmented_images() -> TrainBatches:
 def flat(state: object, name: str = "") -> dict[str, object]:
     """Every leaf of a checkpoint by its path."""
     if isinstance(state, dict):
-        return {
-            key: leaf
-            for inner, value in state.items()
-            for key, leaf in flat(value, f"{name}/{inner}").items()
-        }
+        return {key: leaf for inner, value in state.items() for key, leaf in flat(value, f"{name}/{inner}").items()}
     if isinstance(state, list | tuple):
         return flat(dict(enumerate(state)), name)
     return {name: state}
@@ -62,9 +58,7 @@ def test_resume_equals_an_unbroken_run_bit_for_bit(tmp_path: Path, batches, stop
         assert same(straight[name], resumed[name]), name
     for name in ("steps.csv", "summary.csv"):
         rows = [read_csv(tmp_path / folder / name) for folder in ("straight", "broken")]
-        assert [(row["step"], row["loss"]) for row in rows[0]] == [
-            (row["step"], row["loss"]) for row in rows[1]
-        ]
+        assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]
 
 
 def test_resume_wants_the_same_batches(tmp_path: Path) -> None:

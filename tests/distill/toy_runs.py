@@ -46,9 +46,7 @@ class ToyBatches:
         return self.batches
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        labels = torch.randint(
-            CLASSES, (self.batches, self.size), generator=torch.Generator().manual_seed(epoch)
-        )
+        labels = torch.randint(CLASSES, (self.batches, self.size), generator=torch.Generator().manual_seed(epoch))
         for batch in labels[first:]:
             yield Batch(batch[:, None, None, None] - 1 + 0.3 * torch.randn(self.size, 3, 32, 32), batch)
 

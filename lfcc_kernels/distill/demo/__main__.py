@@ -79,9 +79,7 @@ def demonstrate(
             *low_frequencies(experiment, next(o for o in outcomes if "lfcc" in o.arm.terms)),
         ],
     )
-    print(
-        "", text_table(table), "", verdict, f"{minutes}; the page with curves and pictures: {page}", sep="\n"
-    )
+    print("", text_table(table), "", verdict, f"{minutes}; the page with curves and pictures: {page}", sep="\n")
     return page
 
 

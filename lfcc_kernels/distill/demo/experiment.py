@@ -81,9 +81,7 @@ class Outcome:
 class Experiment:
     """The split, the teacher and what it says of the pool; then `train` an arm."""
 
-    def __init__(
-        self, train: Images, test: Images, classes: int, teacher: nn.Module, setting: Setting
-    ) -> None:
+    def __init__(self, train: Images, test: Images, classes: int, teacher: nn.Module, setting: Setting) -> None:
         self.test, self.classes, self.setting = test, classes, setting
         generator = torch.Generator().manual_seed(setting.seed)
         chosen = torch.randperm(len(train), generator=generator)[: setting.pool]

@@ -31,9 +31,7 @@ def predictions(experiment: Experiment, outcomes: Sequence[Outcome], classes: Se
             axes.text(x=0.5, s=classes[guess], ha="center", color=color, **style)
             if index == 0:
                 axes.text(x=-0.2, s=outcome.arm.title, ha="right", **style)
-    caption = (
-        f"The first {count} test photographs as they come: the class above, what each student says below."
-    )
+    caption = f"The first {count} test photographs as they come: the class above, what each student says below."
     return Picture("predictions", "What the students say", caption, figure)
 
 

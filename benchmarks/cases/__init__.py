@@ -1,0 +1,20 @@
+"""Every case, in one place: its inputs, its candidates, the least it must cost, and how that is counted."""
+
+from benchmarks.cases import info_nce, lfcc, lowpass, overhead
+from benchmarks.cases.base import Candidate, Case, Step
+from benchmarks.machine import TINY
+
+__all__ = ["SUITES", "Candidate", "Case", "Step", "cases"]
+
+SUITES = {
+    "lowpass": lowpass.cases,
+    "info_nce": info_nce.cases,
+    "lfcc": lfcc.cases,
+    "lfcc_memory": lfcc.memory_cases,
+    "overhead": overhead.cases,
+}
+
+
+def cases(suite: str, tiny: bool = TINY) -> list[Case]:
+    """The cases of a suite; tiny ones come in the same order, with shapes cut down."""
+    return SUITES[suite](tiny)

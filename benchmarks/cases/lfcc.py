@@ -1,0 +1,123 @@
+"""The whole loss: a ResNet-18 under a Swin-T, four stages at three scales; and its memory against the batch.
+
+Counted in two steps, pooling in bytes (S and T of student and teacher maps, Y of the pyramids) and then
+projection and contrast in FLOPs.
+"""
+
+import torch
+from torch import Tensor
+
+import lfcc_kernels as lk
+from benchmarks import peers
+from benchmarks.cases.base import CELLS, SCALES, TEMPERATURE, Case, Step, compiled, features
+
+STUDENT_CHANNELS, TEACHER_CHANNELS, GRIDS = (64, 128, 256, 512), (96, 192, 384, 768), (56, 28, 14, 7)
+
+
+def cases(tiny: bool) -> list[Case]:
+    return [
+        _resnet_under_swin("average", "fwd", tiny),
+        _resnet_under_swin("average", "fwd+bwd", tiny, compile=True, memory=True),
+        _resnet_under_swin("learnable", "fwd+bwd", tiny),
+    ]
+
+
+def memory_cases(tiny: bool) -> list[Case]:
+    """Maps so small that a B x B matrix would show in the memory, at two batch sizes."""
+    return [_small_maps(1024, tiny), _small_maps(2048, tiny)]
+
+
+def _resnet_under_swin(student_filter: str, mode: str, tiny: bool, compile: bool = False, memory: bool = False) -> Case:
+    batch, cut = (4, 16) if tiny else (128, 1)
+    students = [channels // cut for channels in STUDENT_CHANNELS]
+    teachers = [channels // cut for channels in TEACHER_CHANNELS]
+    learn = mode != "fwd"
+    student_bytes, teacher_bytes = (
+        4 * batch * sum(c * grid**2 for c, grid in zip(channels, GRIDS, strict=True))
+        for channels in (students, teachers)
+    )
+    reads = 1 + learn + (learn and student_filter == "learnable")
+    pooling = reads * student_bytes + teacher_bytes + 4 * batch * CELLS * sum(students + teachers)
+    contrast, projection = (4, 6) if learn else (2, 2)
+    flops = sum(
+        contrast * batch**2 * CELLS * t + projection * batch * CELLS * s * t
+        for s, t in zip(students, teachers, strict=True)
+    )
+    maps = ("S", "2 S", "3 S")[reads - 1]
+    return _case(
+        student_filter,
+        (batch, len(GRIDS), len(SCALES)),
+        mode,
+        students,
+        teachers,
+        GRIDS,
+        compile=compile,
+        steps=(Step(pooling), Step(flops=flops)),
+        formula=f"{maps} + T + Y bytes, then {contrast} B^2 s^2 C_t + {projection} B s^2 C_s C_t FLOPs",
+        memory=memory,
+    )
+
+
+def _small_maps(batch: int, tiny: bool) -> Case:
+    shape = (batch // 32 if tiny else batch, 1, len(SCALES))
+    return _case("small-maps", shape, "fwd+bwd", (32,), (32,), (4,), memory=True)
+
+
+def _case(
+    label: str,
+    shape: tuple[int, int, int],
+    mode: str,
+    students: tuple[int, ...],
+    teachers: tuple[int, ...],
+    grids: tuple[int, ...],
+    compile: bool = False,
+    **measured,
+) -> Case:
+    learnable = label == "learnable"
+    torch.manual_seed(0)
+    module = lk.LFCCLoss(
+        students,
+        teachers,
+        scales=SCALES,
+        temperature=TEMPERATURE,
+        student_filter="learnable" if learnable else "average",
+    )
+    weights = [projection.weight for projection in module.student_projections]
+
+    def split(maps: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return maps[: len(grids)], maps[len(grids) :]
+
+    def ours(*maps: Tensor) -> Tensor:
+        return module(*split(maps))
+
+    def eager_backend(*maps: Tensor) -> Tensor:
+        with lk.use_backend("eager"):
+            return ours(*maps)
+
+    def pooled(*maps: Tensor) -> Tensor:
+        return peers.lfcc_pool_each_scale(*split(maps), weights, SCALES, TEMPERATURE)
+
+    def filtered(*maps: Tensor) -> Tensor:
+        banks = zip(module.student_filters, grids, strict=True)
+        filters = [low_pass.bank(grid, grid) for low_pass, grid in banks]
+        return peers.lfcc_filter_each_scale(*split(maps), weights, filters, SCALES, TEMPERATURE)
+
+    def inputs() -> tuple[Tensor, ...]:
+        return tuple(
+            features((shape[0], c, grid, grid), learn)
+            for channels, learn in ((students, mode != "fwd"), (teachers, False))
+            for c, grid in zip(channels, grids, strict=True)
+        )
+
+    eager = {"eager": filtered if learnable else pooled}
+    others = eager | {"eager backend": eager_backend} | (compiled(eager) if compile else {})
+    return Case(
+        "lfcc",
+        label,
+        shape,
+        mode,
+        inputs,
+        {"ours": ours, **others},
+        parameters=tuple(module.parameters()),
+        **measured,
+    )
