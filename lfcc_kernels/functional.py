@@ -139,7 +139,10 @@ def map_size(x: Tensor, grid: tuple[int, int] | None, prefix_tokens: int) -> tup
                 f"pass grid=(H, W), or prefix_tokens= for class and register tokens"
             )
         return side, side
-    height, width = grid
+    try:
+        height, width = grid
+    except (TypeError, ValueError):
+        raise TypeError(f"lowpass: grid is {grid!r}; expected two ints (H, W)") from None
     if height < 1 or width < 1 or height * width != cells:
         raise ValueError(
             f"lowpass: grid {height} x {width} with {prefix_tokens} prefix tokens needs "
@@ -150,16 +153,19 @@ def map_size(x: Tensor, grid: tuple[int, int] | None, prefix_tokens: int) -> tup
 
 def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     """The scales as a tuple of positive ints; raises where they are not."""
+    expected = "expected one or more positive ints, as (1, 2, 4)"
     try:
         checked = tuple(int(s) for s in scales)
-    except TypeError:
-        raise TypeError(f"lowpass: scales is {scales!r}; expected a sequence of positive ints, as (1, 2, 4)") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"lowpass: scales is {scales!r}, not a sequence of positive ints; {expected}") from None
     if not checked or min(checked) < 1 or checked != tuple(scales):
-        raise ValueError(f"lowpass: scales is {scales!r}; expected one or more positive ints, as (1, 2, 4)")
+        raise ValueError(f"lowpass: scales is {scales!r}; {expected}")
     return checked
 
 
 def _check_filters(name: str, filters: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+    if not isinstance(filters, Tensor):
+        raise TypeError(f"lowpass: {name} is a {type(filters).__name__}; expected a tensor {shape}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if filters.dtype != dtype:
         raise TypeError(f"lowpass: {name} is {filters.dtype} beside x of {x.dtype}; expected {dtype}")
@@ -192,14 +198,16 @@ def _check_pair(student: Tensor, teacher: Tensor, positive_offset: int) -> None:
         )
     if positive_offset < 0 or teacher.shape[0] < positive_offset + student.shape[0]:
         raise ValueError(
-            f"info_nce: {student.shape[0]} student rows at positive_offset {positive_offset} need positives in columns "
-            f"{positive_offset} to {positive_offset + student.shape[0] - 1}, but teacher has {teacher.shape[0]} rows"
+            f"info_nce: {student.shape[0]} student rows at positive_offset {positive_offset} have their positives in "
+            f"columns {positive_offset} to {positive_offset + student.shape[0] - 1}, but there are "
+            f"{teacher.shape[0]} teacher rows"
         )
 
 
 def _check_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"info_nce: {name} must be an integer tensor ({rows.shape[0]},)")
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"info_nce: {name} is {got}; expected an integer tensor ({rows.shape[0]},)")
     if tuple(ids.shape) != (rows.shape[0],):
         raise ValueError(f"info_nce: {name} has shape {tuple(ids.shape)}; expected ({rows.shape[0]},), one id a row")
     if ids.device != rows.device:
@@ -219,7 +227,10 @@ def _check_temperature(temperature: float | Tensor) -> Tensor:
             return temperature
         value = temperature.item()
     else:
-        value = float(temperature)
+        try:
+            value = float(temperature)
+        except (TypeError, ValueError):
+            raise TypeError(f"info_nce: temperature is {temperature!r}; expected a float or a 0-d tensor") from None
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"info_nce: temperature is {value}; expected a positive finite number, as 0.1")
     return temperature if isinstance(temperature, Tensor) else torch.scalar_tensor(value, dtype=torch.float64)

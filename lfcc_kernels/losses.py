@@ -204,8 +204,18 @@ class LFCCLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """The loss of pyramids (B, cells, C_t), one a stage, as the two methods above return them."""
         cells = [s * s for s in self.scales]
+        if len(student_pyramids) != len(teacher_pyramids):
+            raise ValueError(
+                f"LFCCLoss: {len(student_pyramids)} student and {len(teacher_pyramids)} teacher pyramids; "
+                "expected the same number, one a stage"
+            )
         parts = {}
         for stage, (student, teacher) in enumerate(zip(student_pyramids, teacher_pyramids, strict=True)):
+            if len(student) != len(teacher):
+                raise ValueError(
+                    f"LFCCLoss: stage {stage} has {len(student)} student rows and {len(teacher)} teacher rows; "
+                    "both sides must come from the same images"
+                )
             pairs = zip(student.split(cells, 1), teacher.detach().to(student.dtype).split(cells, 1), strict=True)
             for scale, (queries, keys) in zip(self.scales, pairs, strict=True):
                 parts[stage, scale] = self.info_nce(
@@ -221,6 +231,8 @@ class LFCCLoss(nn.Module):
                 f"LFCCLoss: {side}_features is {got}; expected a list of {len(self.student_projections)}, one a stage"
             )
         for stage, (feature, projection) in enumerate(zip(features, self.student_projections, strict=True)):
+            if not isinstance(feature, Tensor):
+                raise TypeError(f"LFCCLoss: {side}_features[{stage}] is a {type(feature).__name__}; expected a tensor")
             expected = projection.in_features if side == "student" else projection.out_features
             channels = feature.shape[1] if feature.dim() == 4 else feature.shape[-1]
             if channels != expected:

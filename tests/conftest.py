@@ -8,8 +8,13 @@ from lfcc_kernels.backends import native
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def fixed_seed_and_one_thread() -> Iterator[None]:
+    """Tests are small: threads that wait for each other would take most of the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["eager", "cpu"])
@@ -28,10 +33,3 @@ def kernels() -> Iterator[None]:
         pytest.skip(native.missing)
     with lk.use_backend("cpu"):
         yield
-
-
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)

@@ -37,7 +37,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("counts", [(2, 2), (1, 2), (2, 3)], ids=str)
-def test_same_bits(kernels: None, restore_threads: None, case: str, counts: tuple[int, int]) -> None:
+def test_same_bits(kernels: None, case: str, counts: tuple[int, int]) -> None:
     results = []
     for count in counts:
         torch.set_num_threads(count)
