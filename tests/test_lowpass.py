@@ -233,6 +233,19 @@ def test_every_number_of_a_small_type_passes(backend: str, dtype: torch.dtype, c
     torch.testing.assert_close(y, x.flatten(2).transpose(1, 2), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_types_are_rounded_once_to_nearest(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+    x = randn(2, 17, 14, 14, dtype=dtype)
+    small = (_channels_last(x) if channels_last else x).requires_grad_()
+    raised = small.detach().float().requires_grad_()
+    y, raised_y = lk.lowpass(small), lk.lowpass(raised)
+    assert torch.equal(y, raised_y.to(dtype))
+    upstream = torch.randn_like(y)
+    (grad,), (raised_grad,) = gradients(y, [small], upstream), gradients(raised_y, [raised], upstream.float())
+    assert torch.equal(grad, raised_grad.to(dtype))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_nan_and_inf_come_out_where_they_went_in(backend: str, bad: float, channels_last: bool) -> None:
