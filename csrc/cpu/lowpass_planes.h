@@ -1,4 +1,5 @@
-// lowpass where a row of the map is contiguous (NCHW). Eight channels of an image are one unit of work.
+// lowpass where a row of the map is contiguous (NCHW). Eight channels of an image are one unit of work. The average has
+// its own way, in lowpass_average.h; what follows is for filters.
 //
 // Forward, a unit: each plane is read once from memory; its rows are summed into U_i = sum_h R[i,h] F[h,:] while it is
 // in cache; then the eight planes' U are transposed in 8 x 8 blocks, so that the sums over columns run with a channel
@@ -12,7 +13,8 @@
 // so forward and input grad are bound by memory.
 #pragma once
 
-#include "cpu/lowpass_layout.h"
+#include "cpu/lowpass_average.h"
+#include "cpu/planes.h"
 
 namespace lfcc::planes {
 
@@ -21,52 +23,10 @@ int64_t units(const Map<T>& map) {
   return units_of<LANES>(map);
 }
 
-// Rows of a plane in the accumulator's type; vectors may be read up to seven values past the end of each row.
-template <typename A>
-struct Rows {
-  const A* data;
-  int64_t stride;
-};
-
-template <typename T, typename A>
-LFCC_INLINE Rows<A> plane_rows(const Map<const T>& x, int64_t image, int64_t channel, A* scratch) {
-  const int64_t offset = image * x.stride_b + channel * x.stride_c;
-  const T* plane = x.data + offset;
-  if constexpr (std::is_same<T, A>::value) {
-    const int64_t rows_end = (x.height - 1) * x.stride_h + x.width;
-    const int64_t map_end = (x.batch - 1) * x.stride_b + (x.channels - 1) * x.stride_c + rows_end;
-    if (offset + rows_end + LANES <= map_end) return {plane, x.stride_h};
-  }
-  for (int64_t h = 0; h < x.height; ++h)
-    for (int64_t w = 0; w < x.width; ++w) scratch[h * x.width + w] = load(plane[h * x.stride_h + w]);
-  return {scratch, x.width};
-}
-
-// Asks for memory that is read next (often the next plane), while this one is summed; beyond a tensor it does nothing.
-template <typename A>
-LFCC_INLINE void prefetch(const A* data, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(A))) __builtin_prefetch(data + i);
-}
-
-// How many rows of column sums a plane leaves: one a segment for the average, else one a row of the filters.
-template <typename A>
-LFCC_INLINE int64_t sum_count(const Axis<A>& axis) {
-  return axis.uniform ? int64_t(axis.segments.size()) : axis.rows;
-}
-
-// sums[i][w] = sum_h R[i,h] rows[h][w] for N vectors of columns; of the average, the sums of the segments.
+// sums[i][w] = sum_h R[i,h] rows[h][w] for N vectors of columns.
 template <int N, typename A>
 LFCC_INLINE void sum_rows_chunk(const Axis<A>& axis, const Rows<A>& rows, int64_t padded, A* sums) {
-  for (size_t index = 0; index < axis.segments.size(); ++index) {
-    const Segment& segment = axis.segments[index];
-    prefetch(rows.data + (segment.begin + axis.size) * rows.stride, (segment.end - segment.begin) * rows.stride);
-    if (axis.uniform) {
-      vec<A> sum[N] = {};
-      for (int64_t h = segment.begin; h < segment.end; ++h)
-        for (int k = 0; k < N; ++k) sum[k] += load_vector(rows.data + h * rows.stride + k * LANES);
-      for (int k = 0; k < N; ++k) store_vector(sums + index * padded + k * LANES, sum[k]);
-      continue;
-    }
+  for (const Segment& segment : axis.segments)
     for (int64_t i : segment.rows) {
       const A* weights = axis.weights.data() + i * axis.size;
       vec<A> sum[N];
@@ -75,23 +35,14 @@ LFCC_INLINE void sum_rows_chunk(const Axis<A>& axis, const Rows<A>& rows, int64_
         for (int k = 0; k < N; ++k) sum[k] += weights[h] * load_vector(rows.data + h * rows.stride + k * LANES);
       for (int k = 0; k < N; ++k) store_vector(sums + i * padded + k * LANES, sum[k]);
     }
-  }
 }
 
 template <typename A>
 LFCC_INLINE void sum_rows(const Axis<A>& axis, const Rows<A>& rows, int64_t padded, A* sums) {
-  if (!axis.uniform) std::fill(sums, sums + axis.rows * padded, A(0));
-  // Rows of up to eight vectors are one run, so that a plane is read in one stream.
+  std::fill(sums, sums + axis.rows * padded, A(0));
   for_runs(padded / LANES, [&](auto n, int64_t v) LFCC_INLINE_LAMBDA {
     sum_rows_chunk<n>(axis, Rows<A>{rows.data + v * LANES, rows.stride}, padded, sums + v * LANES);
   });
-}
-
-// Columns [w, w + 8) of row `row` of the sums of eight planes, a plane a lane.
-template <typename A>
-LFCC_INLINE void load_columns(const A* sums, int64_t count, int64_t padded, int64_t row, int64_t w, vec<A> (&block)[8]) {
-  for (int64_t p = 0; p < LANES; ++p) block[p] = load_vector(sums + (p * count + row) * padded + w);
-  transpose8x8<A>(block);
 }
 
 // cells[i,j] = sum_w K[j,w] sums[i][w], a channel a lane.
@@ -116,55 +67,10 @@ LFCC_INLINE void sum_columns(const Filters<A>& filters, const A* sums, int64_t p
     }
 }
 
-// The same for the average: every rectangle between segments is summed once, and windows are sums of rectangles.
-template <typename A>
-LFCC_INLINE void sum_rectangles(const Filters<A>& filters, const A* sums, int64_t padded, A* rectangles, A* cells) {
-  const Axis<A>&rows = filters.rows, &cols = filters.cols;
-  const int64_t down = rows.segments.size(), across = cols.segments.size();
-  for (int64_t r = 0; r < down; ++r) {
-    vec<A> sum = {};
-    int64_t c = 0;
-    for (int64_t w = 0; w < padded; w += LANES) {
-      vec<A> block[8];
-      load_columns(sums, down, padded, r, w, block);
-      for (int64_t k = 0; k < LANES && w + k < cols.size; ++k) {
-        sum += block[k];
-        if (w + k + 1 < cols.segments[c].end) continue;
-        store_vector(rectangles + (r * across + c++) * LANES, sum);
-        sum = vec<A>{};
-      }
-    }
-  }
-  A* band = rectangles + down * across * LANES;  // the rectangles of one row of windows, added up
-  for (size_t s = 0; s < filters.scales.size(); ++s)
-    for (int64_t i = 0; i < filters.scales[s]; ++i) {
-      const int64_t row = filters.row_offset[s] + i;
-      for (int64_t c = 0; c < across; ++c) {
-        vec<A> sum = {};
-        for (int64_t r = rows.from[row]; r < rows.to[row]; ++r) sum += load_vector(rectangles + (r * across + c) * LANES);
-        store_vector(band + c * LANES, sum);
-      }
-      for (int64_t j = 0; j < filters.scales[s]; ++j) {
-        const int64_t col = filters.row_offset[s] + j;
-        vec<A> sum = {};
-        for (int64_t c = cols.from[col]; c < cols.to[col]; ++c) sum += load_vector(band + c * LANES);
-        store_vector(cells + (filters.cell_offset[s] + i * filters.scales[s] + j) * LANES, sum);
-      }
-    }
-}
-
 // plane[h][w] = sum_i R[i,h] spread[i][w] for N vectors of columns of a segment of rows.
 template <int N, typename A>
 LFCC_INLINE void spread_rows_chunk(
     const Axis<A>& axis, const Segment& segment, const A* spread, int64_t padded, A* plane, int64_t width) {
-  if (axis.uniform) {
-    vec<A> sum[N] = {};
-    for (int64_t i : segment.rows)
-      for (int k = 0; k < N; ++k) sum[k] += load_vector(spread + i * padded + k * LANES);
-    for (int64_t h = segment.begin; h < segment.end; ++h)
-      for (int k = 0; k < N; ++k) store_vector(plane + h * width + k * LANES, sum[k]);
-    return;
-  }
   for (int64_t h = segment.begin; h < segment.end; ++h) {
     vec<A> sum[N] = {};
     for (int64_t i : segment.rows) {
@@ -208,18 +114,16 @@ LFCC_INLINE void spread_columns(const Filters<A>& filters, const A* cells, int64
 
 template <typename T, typename A>
 LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, T* y, int64_t begin, int64_t end) {
-  const Axis<A>&rows = filters.rows, &cols = filters.cols;
-  const int64_t padded = (x.width + LANES - 1) / LANES * LANES, count = sum_count(rows);
-  std::vector<A> scratch(x.height * x.width + LANES), sums(LANES * count * padded), cells(filters.cells * LANES);
-  std::vector<A> rectangles((rows.segments.size() + 1) * cols.segments.size() * LANES);
+  if (filters.rows.uniform) return average::forward_body(filters, x, y, begin, end);
+  const int64_t rows = filters.rows.rows, padded = (x.width + LANES - 1) / LANES * LANES;
+  std::vector<A> scratch(x.height * x.width + LANES), sums(LANES * rows * padded), cells(filters.cells * LANES);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_at<LANES>(x, index);
     for (int64_t p = 0; p < unit.width; ++p)
-      sum_rows(rows, plane_rows(x, unit.image, unit.channel + p, scratch.data()), padded, sums.data() + p * count * padded);
-    if (rows.uniform)
-      sum_rectangles(filters, sums.data(), padded, rectangles.data(), cells.data());
-    else
-      sum_columns(filters, sums.data(), padded, cells.data());
+      sum_rows(
+          filters.rows, plane_rows(x, unit.image, unit.channel + p, scratch.data()), padded,
+          sums.data() + p * rows * padded);
+    sum_columns(filters, sums.data(), padded, cells.data());
     store_cells<LANES>(filters, cells.data(), unit, x.channels, y);
   }
 }
@@ -227,11 +131,12 @@ LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, 
 template <typename T, typename A>
 LFCC_INLINE void input_grad_body(
     const Filters<A>& filters, const T* grad, const Map<T>& grad_x, int64_t begin, int64_t end) {
-  const Axis<A>& rows = filters.rows;
-  const int64_t padded = (grad_x.width + LANES - 1) / LANES * LANES, size = grad_x.height * grad_x.width;
+  if (filters.rows.uniform) return average::input_grad_body(filters, grad, grad_x, begin, end);
+  const int64_t rows = filters.rows.rows, padded = (grad_x.width + LANES - 1) / LANES * LANES;
+  const int64_t size = grad_x.height * grad_x.width;
   // Small planes leave in one stream of a few KiB: reading a plane at once behind its overlapping stores would stall.
   const int64_t together = std::max<int64_t>(1, std::min(LANES, 2048 / size));
-  std::vector<A> planes(together * size + LANES), spread(LANES * rows.rows * padded), cells(filters.cells * LANES);
+  std::vector<A> planes(together * size + LANES), spread(LANES * rows * padded), cells(filters.cells * LANES);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_at<LANES>(grad_x, index);
     load_cells<LANES>(filters, grad, unit, grad_x.channels, cells.data());
@@ -240,7 +145,7 @@ LFCC_INLINE void input_grad_body(
       const int64_t count = std::min(together, unit.width - p);
       for (int64_t k = 0; k < count; ++k)
         spread_rows(
-            rows, spread.data() + (p + k) * rows.rows * padded, padded, planes.data() + k * size, grad_x.width);
+            filters.rows, spread.data() + (p + k) * rows * padded, padded, planes.data() + k * size, grad_x.width);
       T* to = grad_x.data + unit.image * grad_x.stride_b + (unit.channel + p) * grad_x.stride_c;
       stream_out(to, planes.data(), count * size);
     }
