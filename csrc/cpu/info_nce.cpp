@@ -12,91 +12,13 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/gemm.h"
-#include "cpu/info_nce_tile.h"
-#include "cpu/parallel.h"
+#include "cpu/info_nce_rows.h"
+#include "cpu/info_nce_small.h"
 
 namespace lfcc {
 namespace {
 
 constexpr int64_t TILE_KEYS = 512;
-constexpr int64_t MAX_UNITS = 64;
-
-// One side's rows, taken as unit rows without a normalised copy of them all.
-template <typename T, typename A>
-struct Side {
-  const T* data;
-  int64_t count, stride, width;
-  bool normalize;
-  std::vector<A> scale;      // 1 / max(norm, EPSILON), or 1
-  std::vector<char> shrunk;  // norm below EPSILON
-  bool in_place = true;      // the products may read the rows as they are
-
-  Side(const T* data, int64_t count, int64_t stride, int64_t width, bool normalize)
-      : data(data), count(count), stride(stride), width(width), normalize(normalize), scale(count, A(1)),
-        shrunk(count, 0) {
-    if (normalize)
-      parallel_for(std::min<int64_t>(count, MAX_UNITS), count * width / std::min<int64_t>(count, MAX_UNITS), [&](int64_t begin, int64_t end) {
-        const int64_t units = std::min<int64_t>(count, MAX_UNITS);
-        for (int64_t row = begin * count / units; row < end * count / units; ++row) {
-          const double norm = std::sqrt(tile::square_sum(data + row * stride, width));
-          scale[row] = A(std::isnan(norm) ? norm : 1 / std::max(norm, tile::EPSILON));
-          shrunk[row] = norm < tile::EPSILON;
-        }
-      });
-    // Products of rows with extreme norms would leave float's range before the scale brings them back.
-    for (A value : scale) in_place &= value > A(1e-12) && value < A(1e9);
-    in_place &= std::is_same<T, A>::value && stride <= INT32_MAX;
-  }
-
-  // The unit row times `by`.
-  void raise(int64_t row, A by, A* out) const { tile::raise(data + row * stride, width, scale[row] * by, out); }
-};
-
-// What one thread needs for a block of rows against tiles of keys.
-template <typename T, typename A>
-struct Workspace {
-  const Side<T, A>&rows, &keys;
-  int64_t block, tile_keys;
-  std::vector<A> units, logits, key_buffer;
-  const A* key_rows = nullptr;  // of the current tile, with their stride
-  int64_t key_stride = 0;
-
-  Workspace(const Side<T, A>& rows, const Side<T, A>& keys, int64_t block, int64_t tile_keys)
-      : rows(rows), keys(keys), block(block), tile_keys(tile_keys), units(block * rows.width),
-        logits(block * tile_keys), key_buffer(keys.in_place ? 0 : tile_keys * keys.width) {}
-
-  // Unit rows divided by the temperature.
-  void load_rows(int64_t first, int64_t m, double temperature) {
-    for (int64_t i = 0; i < m; ++i) rows.raise(first + i, A(1 / temperature), units.data() + i * rows.width);
-  }
-
-  // logits (m x n) of the block against keys [first, first + n).
-  void load_tile(int64_t first, int64_t m, int64_t n) {
-    if constexpr (std::is_same<T, A>::value) {
-      key_rows = keys.data + first * keys.stride;
-      key_stride = keys.stride;
-    }
-    if (!keys.in_place) {
-      for (int64_t j = 0; j < n; ++j) keys.raise(first + j, A(1), key_buffer.data() + j * keys.width);
-      key_rows = key_buffer.data();
-      key_stride = keys.width;
-    }
-    product_with_transpose(
-        m, n, rows.width, units.data(), rows.width, key_rows, key_stride, logits.data(), tile_keys);
-    if (keys.in_place && keys.normalize)
-      for (int64_t i = 0; i < m; ++i) tile::scale(row(i), keys.scale.data() + first, n);
-  }
-
-  // out (m x D) += weights (m x n, in place of the logits) times the tile's unit keys.
-  void add_keys(int64_t first, int64_t m, int64_t n, A* out) {
-    if (keys.in_place && keys.normalize)
-      for (int64_t i = 0; i < m; ++i) tile::scale(row(i), keys.scale.data() + first, n);
-    add_product(m, rows.width, n, logits.data(), tile_keys, key_rows, key_stride, out, rows.width);
-  }
-
-  A* row(int64_t i) { return logits.data() + i * tile_keys; }
-};
 
 int64_t block_rows(int64_t count, int64_t width) {
   // Fewer than 64 rows make slow products; from there on eight blocks to share, and at most 2 MiB a block.
@@ -118,20 +40,15 @@ void for_shares(int64_t blocks, int64_t work, const Body& body) {
   });
 }
 
-// Leaves pairs with equal ids out of a row of logits but for its positive, whose logit it returns where it is here.
-template <typename A>
-void leave_out(A* logits, const int64_t* ids, int64_t id, int64_t n, int64_t positive) {
-  const A kept = positive >= 0 && positive < n ? logits[positive] : A(0);
-  tile::leave_out(logits, ids, id, n);
-  if (positive >= 0 && positive < n) logits[positive] = kept;
-}
-
 }  // namespace
 
 template <typename T, typename A>
 void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
   const Side<T, A> rows(pair.rows, pair.batch, pair.row_stride, pair.width, pair.normalize);
   const Side<T, A> keys(pair.keys, pair.key_count, pair.key_stride, pair.width, pair.normalize);
+  if constexpr (std::is_same<T, A>::value)
+    if (!pair.symmetric && small::fits(rows, keys))
+      return small::info_nce<A>(pair, rows, keys, losses, row_lse, nullptr, nullptr);
   const int64_t block = block_rows(rows.count, rows.width), n_tile = tile_keys(keys.count, keys.width);
   const int64_t blocks = (rows.count + block - 1) / block, offset = pair.positive_offset;
   const A none = -std::numeric_limits<A>::infinity();
@@ -139,29 +56,29 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
 
   for_shares(blocks, block * keys.count * keys.width, [&](int64_t unit, int64_t begin, int64_t end) {
     Workspace<T, A> work(rows, keys, block, n_tile);
-    std::vector<A> maximum(block), sum(block), before(n_tile);
+    std::vector<tile::Softmax<A>> softmax(block);
+    std::vector<A> before(n_tile);
     if (pair.symmetric) col_maximum[unit].assign(rows.count, none), col_sum[unit].assign(rows.count, A(0));
     for (int64_t first = begin * block; first < std::min(end * block, rows.count); first += block) {
       const int64_t m = std::min(block, rows.count - first);
       work.load_rows(first, m, pair.temperature);
-      std::fill(maximum.begin(), maximum.end(), none);
-      std::fill(sum.begin(), sum.end(), A(0));
+      std::fill(softmax.begin(), softmax.end(), tile::Softmax<A>());
       for (int64_t key = 0; key < keys.count; key += n_tile) {
         const int64_t n = std::min(n_tile, keys.count - key);
         work.load_tile(key, m, n);
         for (int64_t i = 0; i < m; ++i) {
           const int64_t positive = offset + first + i - key;
           if (pair.row_ids) leave_out(work.row(i), pair.key_ids + key, pair.row_ids[first + i], n, positive);
-          if (positive >= 0 && positive < n) losses[first + i] = -work.row(i)[positive];
+          if (positive >= 0 && positive < n) losses[first + i] = -work.logit(i, positive);
+          tile::add_to_softmax(work.row(i), work.by[i], work.key_scale, n, &softmax[i]);
         }
         const int64_t col = std::max(key, offset), col_end = std::min(key + n, offset + rows.count);
-        if (pair.symmetric && col < col_end)
-          tile::online_columns(
-              work.row(0) + (col - key), m, col_end - col, n_tile, col_maximum[unit].data() + (col - offset),
-              col_sum[unit].data() + (col - offset), before.data());
-        for (int64_t i = 0; i < m; ++i) tile::online_softmax(work.row(i), n, &maximum[i], &sum[i]);
+        if (!pair.symmetric || col >= col_end) continue;
+        tile::online_columns(
+            work.row(0) + (col - key), m, col_end - col, n_tile, col_maximum[unit].data() + (col - offset),
+            col_sum[unit].data() + (col - offset), before.data());
       }
-      for (int64_t i = 0; i < m; ++i) row_lse[first + i] = maximum[i] + std::log(sum[i]);
+      for (int64_t i = 0; i < m; ++i) row_lse[first + i] = softmax[i].maximum + std::log(softmax[i].sum);
     }
   });
   for (int64_t i = 0; i < rows.count; ++i) {
@@ -182,46 +99,46 @@ template <typename T, typename A>
 void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, A* temperature_grad) {
   const Side<T, A> rows(pair.rows, pair.batch, pair.row_stride, pair.width, pair.normalize);
   const Side<T, A> keys(pair.keys, pair.key_count, pair.key_stride, pair.width, pair.normalize);
+  if constexpr (std::is_same<T, A>::value)
+    if (small::fits(rows, keys))
+      return small::info_nce<A>(pair, rows, keys, losses, row_lse, row_grad, temperature_grad);
   const int64_t block = block_rows(rows.count, rows.width), n_tile = tile_keys(keys.count, keys.width);
   const int64_t blocks = (rows.count + block - 1) / block, width = rows.width;
   const A temperature = A(pair.temperature);
 
   for_shares(blocks, block * keys.count * width, [&](int64_t, int64_t begin, int64_t end) {
     Workspace<T, A> work(rows, keys, block, n_tile);
-    std::vector<A> maximum(block), sum(block);
+    std::vector<tile::Softmax<A>> softmax(block);
     for (int64_t first = begin * block; first < std::min(end * block, rows.count); first += block) {
       const int64_t m = std::min(block, rows.count - first);
       A* output = row_grad + first * width;  // sum of softmax weights times keys, then the gradient
       work.load_rows(first, m, pair.temperature);
       std::fill(output, output + m * width, A(0));
-      std::fill(maximum.begin(), maximum.end(), -std::numeric_limits<A>::infinity());
-      std::fill(sum.begin(), sum.end(), A(0));
+      std::fill(softmax.begin(), softmax.end(), tile::Softmax<A>());
       for (int64_t key = 0; key < keys.count; key += n_tile) {
         const int64_t n = std::min(n_tile, keys.count - key);
         work.load_tile(key, m, n);
         for (int64_t i = 0; i < m; ++i) {
           const int64_t positive = pair.positive_offset + first + i - key;
           if (pair.row_ids) leave_out(work.row(i), pair.key_ids + key, pair.row_ids[first + i], n, positive);
-          if (positive >= 0 && positive < n) losses[first + i] = -work.row(i)[positive];
-          const A correction = tile::online_softmax(work.row(i), n, &maximum[i], &sum[i]);
+          if (positive >= 0 && positive < n) losses[first + i] = -work.logit(i, positive);
+          const A correction =
+              tile::turn_to_weights(work.row(i), work.by[i], work.key_scale, n, &softmax[i]);
           if (correction != 1) tile::raise(output + i * width, width, correction, output + i * width);
         }
-        work.add_keys(key, m, n, output);
+        work.add_keys(m, n, output);
       }
       for (int64_t i = 0; i < m; ++i) {
-        const int64_t row = first + i;
-        A* gradient = output + i * width;
-        row_lse[row] = maximum[i] + std::log(sum[i]);
-        losses[row] += row_lse[row];
-        const int64_t positive = pair.positive_offset + row;
-        tile::less_row(
-            gradient, 1 / (sum[i] * temperature), keys.data + positive * keys.stride, keys.scale[positive] / temperature,
-            width);
-        if (keys.count == 1) std::fill(gradient, gradient + width, A(0));  // constant, but for rounding
-        const A along = tile::through_norm(
-            gradient, work.units.data() + i * width, temperature, rows.scale[row], rows.shrunk[row], pair.normalize,
-            width);
+        const int64_t row = first + i, positive = pair.positive_offset + row;
+        const auto [maximum, sum, mean] = softmax[i];
+        const A along = keys.count == 1 ? A(0) : mean / sum + (losses[row] + maximum);  // sum_j softmax_j A_j - A_p
+        tile::through_norm(
+            output + i * width, 1 / (sum * temperature), keys.at(positive), keys.scale[positive] / temperature,
+            rows.at(row), rows.scale[row], rows.projected(row, along), rows.inverse(row), width);
+        if (keys.count == 1) std::fill(output, output + width, A(0));  // constant, but for rounding
         temperature_grad[row] = -along / temperature;
+        row_lse[row] = maximum + std::log(sum);
+        losses[row] += row_lse[row];
       }
     }
   });
@@ -272,26 +189,27 @@ void info_nce_grad(
         const int64_t n = std::min(n_tile, other.count - key);
         work.load_tile(key, m, n);
         for (int64_t i = 0; i < m; ++i) {
-          A* logits = work.row(i);
+          A* products = work.row(i);
+          const A by = work.by[i], *scale = work.key_scale;
           const int64_t row = first + i, positive = row + to_positive - key;
-          if (own_ids) leave_out(logits, other_ids + key, own_ids[row], n, positive);
+          if (own_ids) leave_out(products, other_ids + key, own_ids[row], n, positive);
           if (along_own && along_other)
             tile::both_softmaxes(
-                logits, logits, own_weight[row], own_lse[row], other_weight + key, other_lse + key, n);
+                products, by, scale, own_weight[row], own_lse[row], other_weight + key, other_lse + key, n);
           else if (along_own)
-            tile::own_softmax(logits, logits, own_weight[row], own_lse[row], n);
+            tile::own_softmax(products, by, scale, own_weight[row], own_lse[row], n);
           else
-            tile::other_softmax(logits, logits, other_weight + key, other_lse + key, n);
-          if (positive >= 0 && positive < n) logits[positive] -= grad[of_keys ? key + positive : row];
+            tile::other_softmax(products, by, scale, other_weight + key, other_lse + key, n);
+          if (positive >= 0 && positive < n) products[positive] -= grad[of_keys ? key + positive : row] * scale[positive];
         }
-        work.add_keys(key, m, n, output.data());
+        work.add_keys(m, n, output.data());
       }
       for (int64_t i = 0; i < m; ++i) {
         const int64_t row = first + i;
         A* gradient = output.data() + i * width;
-        for (int64_t d = 0; d < width; ++d) gradient[d] /= temperature;
-        along[row] = tile::through_norm(
-            gradient, work.units.data() + i * width, temperature, own.scale[row], own.shrunk[row], pair.normalize,
+        along[row] = tile::along_row(gradient, own.at(row), own.scale[row], width) / temperature;
+        tile::through_norm(
+            gradient, 1 / temperature, own.at(row), own.scale[row], own.projected(row, along[row]), own.inverse(row),
             width);
         tile::lower(gradient, width, side_grad + row * width);
       }

@@ -34,16 +34,9 @@ LFCC_INLINE void raise_body(const T* row, int64_t n, A scale, A* out) {
   for (int64_t d = 0; d < n; ++d) out[d] = load(row[d]) * scale;
 }
 
-// gradient = by * gradient - scale * row: the softmax's mean of keys less the positive.
-template <typename T, typename A>
-LFCC_INLINE void less_row_body(A* gradient, A by, const T* row, A scale, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) gradient[d] = by * gradient[d] - scale * load(row[d]);
-}
-
-// logits[j] *= scale[j]: keys used in place by the product are not unit rows yet.
 template <typename A>
-LFCC_INLINE void scale_body(A* logits, const A* scale, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) logits[j] *= scale[j];
+LFCC_INLINE void add_body(A* to, const A* from, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
 template <typename A>
@@ -51,24 +44,46 @@ LFCC_INLINE void leave_out_body(A* logits, const int64_t* ids, int64_t id, int64
   for (int64_t j = 0; j < n; ++j) logits[j] = ids[j] == id ? -std::numeric_limits<A>::infinity() : logits[j];
 }
 
-// Adds a row of logits to the running statistics of its softmax and turns it into exp(logit - maximum). Returns by
-// how much what was summed under the old maximum must be multiplied.
+// Running statistics of the softmax along a row: the maximum, and the sums of exp(logit - maximum) and of
+// (logit - maximum) exp(logit - maximum).
 template <typename A>
-LFCC_INLINE A online_softmax_body(A* logits, int64_t n, A* maximum, A* sum) {
-  A tile_maximum = *maximum;
-#pragma omp simd reduction(max : tile_maximum)
-  for (int64_t j = 0; j < n; ++j) tile_maximum = logits[j] > tile_maximum ? logits[j] : tile_maximum;
-  // Everything left out, or all NaN: subtract nothing, so that neither becomes the other.
-  const A base = tile_maximum == -std::numeric_limits<A>::infinity() ? A(0) : tile_maximum;
-  A tile_sum = 0;
-#pragma omp simd reduction(+ : tile_sum)
+struct Softmax {
+  A maximum = -std::numeric_limits<A>::infinity(), sum = 0, mean = 0;
+};
+
+// Turns n products into logits, products[j] * by * scale[j], and adds them to the statistics; with WEIGHTS they become
+// exp(logit - maximum) * scale[j], the factors of the keys as they lie in memory. Returns by how much what was summed
+// under the old maximum must be multiplied.
+template <bool WEIGHTS, typename A>
+LFCC_INLINE A add_to_softmax_body(A* products, A by, const A* scale, int64_t n, Softmax<A>* softmax) {
+  A maximum = softmax->maximum, correction = 1;
+#pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < n; ++j) {
-    logits[j] = fast_exp(logits[j] - base);
-    tile_sum += logits[j];
+    // Stored, so that the maximum less itself is 0: left in a register, the product would be fused with the subtraction.
+    const A logit = products[j] *= by * scale[j];
+    maximum = logit > maximum ? logit : maximum;
   }
-  const A correction = *maximum == tile_maximum ? A(1) : fast_exp(*maximum - tile_maximum);
-  *sum = *sum * correction + tile_sum;
-  *maximum = tile_maximum;
+  if (maximum != softmax->maximum) {
+    const A change = softmax->maximum - maximum;
+    correction = fast_exp(change);
+    softmax->mean = softmax->sum > 0 ? (softmax->mean + change * softmax->sum) * correction : softmax->mean;
+    softmax->sum *= correction;
+    softmax->maximum = maximum;
+  }
+  // Everything left out, or all NaN: subtract nothing, so that neither becomes the other.
+  const A base = maximum == -std::numeric_limits<A>::infinity() ? A(0) : maximum;
+  A sum = 0, mean = 0;
+#pragma omp simd reduction(+ : sum, mean)
+  for (int64_t j = 0; j < n; ++j) {
+    const A above = products[j] - base, weight = fast_exp(above);
+    sum += weight;
+    if (WEIGHTS) {
+      mean += weight * (above > A(-700) ? above : A(0));  // of what is left out the product would be NaN
+      products[j] = weight * scale[j];
+    }
+  }
+  softmax->sum += sum;
+  softmax->mean += mean;
   return correction;
 }
 
@@ -91,40 +106,50 @@ LFCC_INLINE void online_columns_body(
     }
 }
 
-// Weights of softmaxes, weight * exp(logit - lse): of the row itself, or of every column.
+// Weights of softmaxes, weight * exp(logit - lse), of the row itself and across it, in place of products as above and
+// times their scale. An element without the one or the other has a weight of 0 and an infinite lse.
 template <typename A>
-LFCC_INLINE void own_softmax_body(A* out, const A* logits, A weight, A lse, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) out[j] = weight * fast_exp(logits[j] - lse);
+LFCC_INLINE void own_softmax_body(A* products, A by, const A* scale, A weight, A lse, int64_t n) {
+  for (int64_t j = 0; j < n; ++j)
+    products[j] = weight * fast_exp(products[j] * (by * scale[j]) - lse) * scale[j];
 }
 template <typename A>
 LFCC_INLINE void other_softmax_body(
-    A* __restrict__ out, const A* logits, const A* weight, const A* lse, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) out[j] = weight[j] * fast_exp(logits[j] - lse[j]);
+    A* __restrict__ products, A by, const A* scale, const A* weight, const A* lse, int64_t n) {
+  for (int64_t j = 0; j < n; ++j)
+    products[j] = weight[j] * fast_exp(products[j] * (by * scale[j]) - lse[j]) * scale[j];
 }
 template <typename A>
 LFCC_INLINE void both_softmaxes_body(
-    A* out, const A* logits, A own_weight, A own_lse, const A* weight, const A* lse, int64_t n) {
+    A* __restrict__ products, A by, const A* scale, A own_weight, A own_lse, const A* weight, const A* lse, int64_t n) {
   for (int64_t j = 0; j < n; ++j) {
-    const A logit = logits[j];
-    out[j] = own_weight * fast_exp(logit - own_lse) + weight[j] * fast_exp(logit - lse[j]);
+    const A logit = products[j] * (by * scale[j]);
+    products[j] = (own_weight * fast_exp(logit - own_lse) + weight[j] * fast_exp(logit - lse[j])) * scale[j];
   }
 }
 
-// Turns the gradient of a unit row (in place) into the gradient of the row, d = (g - <g, u> u) / |row|, and returns
-// <g, u>. `unit` is u times unit_scale; `inverse` is 1/|row|, and `shrunk` says the norm was below EPSILON, where
-// normalize divides by that constant and nothing is projected out.
-template <typename A>
-LFCC_INLINE A through_norm_body(
-    A* gradient, const A* unit, A unit_scale, A inverse, bool shrunk, bool normalize, int64_t n) {
+// <gradient, u> for the unit row u = scale * row.
+template <typename T, typename A>
+LFCC_INLINE A along_row_body(const A* gradient, const T* row, A scale, int64_t n) {
   A along = 0;
 #pragma omp simd reduction(+ : along)
-  for (int64_t d = 0; d < n; ++d) along += gradient[d] * unit[d];
-  along *= unit_scale;
-  if (normalize) {
-    const A projected = shrunk ? A(0) : along * unit_scale;
-    for (int64_t d = 0; d < n; ++d) gradient[d] = (gradient[d] - projected * unit[d]) * inverse;
-  }
+  for (int64_t d = 0; d < n; ++d) along += gradient[d] * (load(row[d]) * scale);
   return along;
+}
+
+// Turns the gradient of a unit row u = scale * row, which is by * gradient, into the gradient of the row, in place:
+// d = (g - <g, u> u) / |row|, where `along` is <g, u> and 1 / |row| is `inverse`.
+template <typename T, typename A>
+LFCC_INLINE void through_norm_body(A* gradient, A by, const T* row, A scale, A along, A inverse, int64_t n) {
+  for (int64_t d = 0; d < n; ++d) gradient[d] = (gradient[d] * by - along * (load(row[d]) * scale)) * inverse;
+}
+
+// The same where g is by * gradient - key_by * key: the softmax's mean of keys less the positive.
+template <typename T, typename A>
+LFCC_INLINE void through_norm_body(
+    A* gradient, A by, const T* key, A key_by, const T* row, A scale, A along, A inverse, int64_t n) {
+  for (int64_t d = 0; d < n; ++d)
+    gradient[d] = (gradient[d] * by - load(key[d]) * key_by - along * (load(row[d]) * scale)) * inverse;
 }
 
 template <typename T, typename A>
@@ -133,30 +158,29 @@ LFCC_INLINE void lower_body(const A* row, int64_t n, T* out) {
 }
 
 #define LFCC_TILE(A)                                                                                                \
-  LFCC_CLONES void scale(A* logits, const A* by, int64_t n) { scale_body(logits, by, n); }                          \
+  LFCC_CLONES void add(A* to, const A* from, int64_t n) { add_body(to, from, n); }                                  \
   LFCC_CLONES void leave_out(A* logits, const int64_t* ids, int64_t id, int64_t n) {                                \
     leave_out_body(logits, ids, id, n);                                                                             \
   }                                                                                                                 \
-  LFCC_CLONES A online_softmax(A* logits, int64_t n, A* maximum, A* sum) {                                          \
-    return online_softmax_body(logits, n, maximum, sum);                                                            \
+  LFCC_CLONES void add_to_softmax(A* products, A by, const A* scale, int64_t n, Softmax<A>* s) {      \
+    add_to_softmax_body<false>(products, by, scale, n, s);                                                 \
+  }                                                                                                                 \
+  LFCC_CLONES A turn_to_weights(A* products, A by, const A* scale, int64_t n, Softmax<A>* s) {        \
+    return add_to_softmax_body<true>(products, by, scale, n, s);                                           \
   }                                                                                                                 \
   LFCC_CLONES void online_columns(                                                                                  \
       const A* logits, int64_t m, int64_t n, int64_t stride, A* maximum, A* sum, A* before) {                       \
     online_columns_body(logits, m, n, stride, maximum, sum, before);                                                \
   }                                                                                                                 \
-  LFCC_CLONES void own_softmax(A* out, const A* logits, A weight, A lse, int64_t n) {                               \
-    own_softmax_body(out, logits, weight, lse, n);                                                                  \
+  LFCC_CLONES void own_softmax(A* products, A by, const A* scale, A weight, A lse, int64_t n) {                     \
+    own_softmax_body(products, by, scale, weight, lse, n);                                                          \
   }                                                                                                                 \
-  LFCC_CLONES void other_softmax(A* out, const A* logits, const A* weight, const A* lse, int64_t n) {               \
-    other_softmax_body(out, logits, weight, lse, n);                                                                \
+  LFCC_CLONES void other_softmax(A* products, A by, const A* scale, const A* weight, const A* lse, int64_t n) {     \
+    other_softmax_body(products, by, scale, weight, lse, n);                                                        \
   }                                                                                                                 \
   LFCC_CLONES void both_softmaxes(                                                                                  \
-      A* out, const A* logits, A own_weight, A own_lse, const A* weight, const A* lse, int64_t n) {                 \
-    both_softmaxes_body(out, logits, own_weight, own_lse, weight, lse, n);                                          \
-  }                                                                                                                 \
-  LFCC_CLONES A through_norm(                                                                                       \
-      A* gradient, const A* unit, A unit_scale, A inverse, bool shrunk, bool normalize, int64_t n) {           \
-    return through_norm_body(gradient, unit, unit_scale, inverse, shrunk, normalize, n);                            \
+      A* products, A by, const A* scale, A own_weight, A own_lse, const A* weight, const A* lse, int64_t n) {       \
+    both_softmaxes_body(products, by, scale, own_weight, own_lse, weight, lse, n);                                  \
   }
 LFCC_TILE(float)
 LFCC_TILE(double)
@@ -164,8 +188,15 @@ LFCC_TILE(double)
 #define LFCC_ROWS(T, A)                                                                                             \
   LFCC_CLONES double square_sum(const T* row, int64_t n) { return square_sum_body(row, n); }                        \
   LFCC_CLONES void raise(const T* row, int64_t n, A scale, A* out) { raise_body(row, n, scale, out); }              \
-  LFCC_CLONES void less_row(A* gradient, A by, const T* row, A scale, int64_t n) {                                  \
-    less_row_body(gradient, by, row, scale, n);                                                                     \
+  LFCC_CLONES A along_row(const A* gradient, const T* row, A scale, int64_t n) {                                    \
+    return along_row_body(gradient, row, scale, n);                                                                 \
+  }                                                                                                                 \
+  LFCC_CLONES void through_norm(A* gradient, A by, const T* row, A scale, A along, A inverse, int64_t n) {          \
+    through_norm_body(gradient, by, row, scale, along, inverse, n);                                                 \
+  }                                                                                                                 \
+  LFCC_CLONES void through_norm(                                                                                    \
+      A* gradient, A by, const T* key, A key_by, const T* row, A scale, A along, A inverse, int64_t n) {            \
+    through_norm_body(gradient, by, key, key_by, row, scale, along, inverse, n);                                    \
   }                                                                                                                 \
   LFCC_CLONES void lower(const A* row, int64_t n, T* out) { lower_body(row, n, out); }
 LFCC_ROWS(double, double)
