@@ -8,6 +8,7 @@
 #include <optional>
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -213,28 +214,41 @@ struct Rows {
   Tensor empty(std::initializer_list<int64_t> size) const {
     return torch::stable::new_empty(student, size, accumulator(student.scalar_type()));
   }
+
+  // The losses (B,), or their mean as a scalar.
+  template <typename A>
+  Tensor reduced(const Tensor& losses, bool mean) const {
+    if (!mean) return losses;
+    const Tensor result = empty({});
+    const A* values = read<A>(losses);
+    *write<A>(result) = A(std::accumulate(values, values + losses.numel(), 0.0) / double(losses.numel()));
+    return result;
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor> info_nce(
     const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
-    Optional teacher_ids, int64_t positive_offset, bool symmetric, bool normalize) {
+    Optional teacher_ids, int64_t positive_offset, bool symmetric, bool normalize, bool mean) {
   const Rows rows(student, teacher, temperature, student_ids, teacher_ids, positive_offset);
   const int64_t batch = student.size(0);
-  const Tensor losses = rows.empty({batch}), row_lse = rows.empty({batch}), col_lse = rows.empty({symmetric ? batch : 0});
+  Tensor losses = rows.empty({batch});
+  const Tensor row_lse = rows.empty({batch}), col_lse = rows.empty({symmetric ? batch : 0});
   for_dtype(student.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
     lfcc::info_nce(rows.pair<T>(symmetric, normalize), write<A>(losses), write<A>(row_lse), write<A>(col_lse));
+    losses = rows.reduced<A>(losses, mean);
   });
   return {losses, row_lse, col_lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_one_pass(
     const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
-    Optional teacher_ids, int64_t positive_offset, bool normalize) {
+    Optional teacher_ids, int64_t positive_offset, bool normalize, bool mean) {
   const Rows rows(student, teacher, temperature, student_ids, teacher_ids, positive_offset);
   const int64_t batch = student.size(0);
-  const Tensor losses = rows.empty({batch}), row_lse = rows.empty({batch}), temperature_grad = rows.empty({batch});
+  Tensor losses = rows.empty({batch});
+  const Tensor row_lse = rows.empty({batch}), temperature_grad = rows.empty({batch});
   const Tensor student_grad = rows.empty({batch, student.size(1)});
   for_dtype(student.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -242,6 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_one_pass(
     lfcc::info_nce_one_pass(
         rows.pair<T>(false, normalize), write<A>(losses), write<A>(row_lse), write<A>(student_grad),
         write<A>(temperature_grad));
+    losses = rows.reduced<A>(losses, mean);
   });
   return {losses, row_lse, student_grad, temperature_grad};
 }
@@ -289,10 +304,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lfcc, m) {
   m.def(
       "lowpass_filter_grad(Tensor grad, Tensor x, int[] scales, Tensor row_filters, Tensor col_filters, int[] grid, "
       "int prefix_tokens) -> (Tensor, Tensor)");
-  m.def("info_nce(" LFCC_PAIR ", bool symmetric, bool normalize) -> (Tensor losses, Tensor row_lse, Tensor col_lse)");
+  m.def(
+      "info_nce(" LFCC_PAIR
+      ", bool symmetric, bool normalize, bool mean) -> (Tensor loss, Tensor row_lse, Tensor col_lse)");
   m.def(
       "info_nce_one_pass(" LFCC_PAIR
-      ", bool normalize) -> (Tensor losses, Tensor row_lse, Tensor student_grad, Tensor temperature_grad)");
+      ", bool normalize, bool mean) -> (Tensor loss, Tensor row_lse, Tensor student_grad, Tensor temperature_grad)");
   m.def(
       "info_nce_grad(Tensor grad, " LFCC_PAIR
       ", bool symmetric, bool normalize, Tensor row_lse, Tensor col_lse, bool of_teacher) -> (Tensor side_grad, Tensor "

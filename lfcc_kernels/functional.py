@@ -108,10 +108,17 @@ def info_nce(
         student_ids = _check_ids("student_ids", student_ids, student)
         teacher_ids = _check_ids("teacher_ids", teacher_ids, teacher)
     temperature = _check_temperature(temperature)
-    losses = info_nce_op.info_nce(
-        student, teacher, temperature, student_ids, teacher_ids, positive_offset, direction, normalize
+    return info_nce_op.info_nce(
+        student,
+        teacher,
+        temperature,
+        student_ids,
+        teacher_ids,
+        positive_offset,
+        direction,
+        normalize,
+        mean=reduction == "mean",
     )
-    return losses.mean() if reduction == "mean" else losses
 
 
 def map_size(x: Tensor, grid: tuple[int, int] | None, prefix_tokens: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@
 namespace lfcc {
 namespace {
 
-constexpr int64_t TILE_KEYS = 512;
+constexpr int64_t TILE_KEYS = 1024;  // with 256 rows a MiB of products, which the second cache holds
 
 int64_t block_rows(int64_t count, int64_t width) {
   // Fewer than 64 rows make slow products; from there on eight blocks to share, and at most 2 MiB a block.

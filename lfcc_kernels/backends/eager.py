@@ -35,8 +35,9 @@ def info_nce(
     positive_offset: int,
     symmetric: bool,
     normalize: bool,
+    mean: bool,
 ) -> Tensor:
-    """Loss of each row (B,), with the whole B x K matrix held; arguments as the op `lfcc::info_nce`."""
+    """Loss of each row (B,) or their mean, with the whole B x K matrix held; arguments as `lfcc::info_nce`."""
     with torch.autocast(student.device.type, enabled=False):
         queries, keys = student.to(accumulator(student.dtype)), teacher.to(accumulator(teacher.dtype))
         if normalize:
@@ -52,7 +53,7 @@ def info_nce(
         if symmetric:
             columns = logits[:, positive_offset : positive_offset + len(queries)]
             losses = (losses + F.cross_entropy(columns.t(), rows, reduction="none")) / 2
-        return losses
+        return losses.mean() if mean else losses
 
 
 def _unit_rows(rows: Tensor) -> Tensor:

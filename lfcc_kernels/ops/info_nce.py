@@ -16,15 +16,15 @@ from torch import Tensor
 
 from lfcc_kernels.backends import eager
 from lfcc_kernels.ops.dispatch import select
-from lfcc_kernels.ops.registration import define, first_order_only, library
+from lfcc_kernels.ops.registration import call, define, first_order_only, library
 
 _PAIR = (
     "Tensor student, Tensor teacher, Tensor temperature, Tensor? student_ids, Tensor? teacher_ids, int positive_offset"
 )
 SCHEMAS = [
-    f"info_nce({_PAIR}, bool symmetric, bool normalize) -> (Tensor losses, Tensor row_lse, Tensor col_lse)",
-    f"info_nce_one_pass({_PAIR}, bool normalize) "
-    "-> (Tensor losses, Tensor row_lse, Tensor student_grad, Tensor temperature_grad)",
+    f"info_nce({_PAIR}, bool symmetric, bool normalize, bool mean) -> (Tensor loss, Tensor row_lse, Tensor col_lse)",
+    f"info_nce_one_pass({_PAIR}, bool normalize, bool mean) "
+    "-> (Tensor loss, Tensor row_lse, Tensor student_grad, Tensor temperature_grad)",
     f"info_nce_grad(Tensor grad, {_PAIR}, bool symmetric, bool normalize, Tensor row_lse, Tensor col_lse, "
     "bool of_teacher) -> (Tensor side_grad, Tensor temperature_grad)",
 ]
@@ -40,8 +40,9 @@ def info_nce(
     positive_offset: int,
     direction: str,
     normalize: bool,
+    mean: bool,
 ) -> Tensor:
-    """Loss of each row (B,) by the backend that serves and the cheapest form for what learns."""
+    """Loss of each row (B,) or their mean, by the backend that serves and the cheapest form for what learns."""
     if direction == "teacher_to_student":
         if teacher.shape[0] != student.shape[0]:
             positives = slice(positive_offset, positive_offset + student.shape[0])
@@ -52,22 +53,24 @@ def info_nce(
     symmetric = direction == "symmetric"
     pair = (student, teacher, temperature, student_ids, teacher_ids, positive_offset)
     if select(student.device) == "eager":
-        return eager.info_nce(*pair, symmetric, normalize)
+        return eager.info_nce(*pair, symmetric, normalize, mean)
     if not symmetric and torch.is_grad_enabled() and (student.requires_grad or temperature.requires_grad):
-        return torch.ops.lfcc.info_nce_one_pass(*pair, normalize)[0]
-    return torch.ops.lfcc.info_nce(*pair, symmetric, normalize)[0]
+        return torch.ops.lfcc.info_nce_one_pass(*pair, normalize, mean)[0]
+    return call(torch.ops.lfcc.info_nce.default, *pair, symmetric, normalize, mean)[0]
 
 
 @torch.library.register_fake("lfcc::info_nce", lib=library)
-def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, symmetric, normalize):
+def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, symmetric, normalize, mean):
     stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
-    return stats, torch.empty_like(stats), stats.new_empty(student.shape[0] if symmetric else 0)
+    loss = stats.new_empty(() if mean else stats.shape)
+    return loss, stats, stats.new_empty(student.shape[0] if symmetric else 0)
 
 
 @torch.library.register_fake("lfcc::info_nce_one_pass", lib=library)
-def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize):
+def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize, mean):
     stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
-    return stats, torch.empty_like(stats), stats.new_empty(student.shape), torch.empty_like(stats)
+    loss = stats.new_empty(() if mean else stats.shape)
+    return loss, stats, stats.new_empty(student.shape), torch.empty_like(stats)
 
 
 @torch.library.register_fake("lfcc::info_nce_grad", lib=library)
@@ -80,8 +83,8 @@ def _(
 
 
 def _setup_rows(ctx, inputs, output):
-    *pair, ctx.positive_offset, ctx.normalize = inputs
-    _losses, row_lse, student_grad, temperature_grad = output
+    *pair, ctx.positive_offset, ctx.normalize, ctx.mean = inputs
+    _loss, row_lse, student_grad, temperature_grad = output
     ctx.mark_non_differentiable(row_lse, student_grad, temperature_grad)
     ctx.save_for_backward(*pair, row_lse, student_grad, temperature_grad)
 
@@ -91,26 +94,27 @@ def _backward_rows(ctx, grad, *_):
     inputs = [grad, student, teacher, temperature]
     to_student = to_teacher = to_temperature = None
     with torch.no_grad():
+        grad = grad / student.shape[0] if ctx.mean else grad
         if ctx.needs_input_grad[0]:
-            to_student = (student_grad * grad[:, None]).to(student.dtype)
+            to_student = (student_grad * (grad if ctx.mean else grad[:, None])).to(student.dtype)
         if ctx.needs_input_grad[1]:
             to_teacher, _ = torch.ops.lfcc.info_nce_grad(
-                grad, student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
+                grad.expand(student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
                 row_lse, row_lse.new_empty(0), True,
             )  # fmt: skip
         if ctx.needs_input_grad[2]:
-            to_temperature = (temperature_grad @ grad).to(temperature)
+            to_temperature = (temperature_grad * grad).sum().to(temperature)
     return (
         first_order_only(to_student, inputs),
         first_order_only(to_teacher, inputs),
         first_order_only(to_temperature, inputs),
-        None, None, None, None,
+        None, None, None, None, None,
     )  # fmt: skip
 
 
 def _setup_both(ctx, inputs, output):
-    *pair, ctx.positive_offset, ctx.symmetric, ctx.normalize = inputs
-    _losses, row_lse, col_lse = output
+    *pair, ctx.positive_offset, ctx.symmetric, ctx.normalize, ctx.mean = inputs
+    _loss, row_lse, col_lse = output
     ctx.mark_non_differentiable(row_lse, col_lse)
     ctx.save_for_backward(*pair, row_lse, col_lse)
 
@@ -120,8 +124,9 @@ def _backward_both(ctx, grad, *_):
     inputs = [grad, student, teacher, temperature]
 
     def gradients(of_teacher: bool) -> tuple[Tensor, Tensor]:
+        of_rows = (grad / student.shape[0]).expand(student.shape[0]) if ctx.mean else grad
         return torch.ops.lfcc.info_nce_grad(
-            grad, student, teacher, temperature, *ids, ctx.positive_offset, ctx.symmetric, ctx.normalize,
+            of_rows, student, teacher, temperature, *ids, ctx.positive_offset, ctx.symmetric, ctx.normalize,
             row_lse, col_lse, of_teacher,
         )  # fmt: skip
 
@@ -136,7 +141,7 @@ def _backward_both(ctx, grad, *_):
         first_order_only(to_student if ctx.needs_input_grad[0] else None, inputs),
         first_order_only(to_teacher, inputs),
         first_order_only(to_temperature if ctx.needs_input_grad[2] else None, inputs),
-        None, None, None, None, None,
+        None, None, None, None, None, None,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lfcc_kernels.backends import eager
 from lfcc_kernels.ops.dispatch import select
-from lfcc_kernels.ops.registration import define, first_order_only, library
+from lfcc_kernels.ops.registration import call, define, first_order_only, library
 
 _FILTERS = "int[] scales, Tensor? row_filters, Tensor? col_filters, int[] grid, int prefix_tokens"
 SCHEMAS = [
@@ -32,7 +32,7 @@ def lowpass(
     """Run the op on the backend that serves; arguments as in the schema."""
     if select(x.device) == "eager":
         return eager.lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
-    return torch.ops.lfcc.lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
+    return call(torch.ops.lfcc.lowpass.default, x, scales, row_filters, col_filters, grid, prefix_tokens)
 
 
 def _is_channels_last(x: Tensor) -> bool:

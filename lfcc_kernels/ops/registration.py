@@ -1,4 +1,6 @@
-"""What both ops share in registering: the library fragment, and the guard against a second derivative."""
+"""What both ops share: the library fragment, a short way to call, and the guard against a second derivative."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,14 @@ def define(schemas: list[str]) -> None:
     if native.missing:
         for schema in schemas:
             library.define(schema)
+
+
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """The op's result; where no graph is recorded, without the Python of its autograd, a third of a small call."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 class FirstOrderOnly(torch.autograd.Function):
