@@ -35,6 +35,7 @@ class Entry:
     error: float | None = None
     every: int = 1  # it runs once in so many rounds
     seconds: list[float] = field(default_factory=list)  # of one call, round by round
+    fractions: list[float] = field(default_factory=list)  # of the floor at the ceilings measured last, likewise
 
 
 class Contest:
@@ -58,27 +59,23 @@ class Contest:
         return self.entries["ours"]
 
     def run_peers(self) -> None:
-        """Run every peer whose turn it is, and now and then measure the ceilings."""
-        if self.case.steps and self._round % max(1, self.rounds // 4) == 0:
+        """Run every peer whose turn it is, and in every round, or in ten of them, measure the ceilings."""
+        if self.case.steps and self._round % math.ceil(self.rounds / 10) == 0:
             self._copy_gbps.append(machine.copy_gbps())
             self._gemm_gflops.append(machine.gemm_gflops())
         peers = [entry for entry in self.entries.values() if entry is not self.ours and entry.status == "ok"]
         first = self._round % max(1, len(peers))
         for entry in peers[first:] + peers[:first]:
             if self._round % entry.every == 0:
-                entry.seconds.append(self._seconds(entry))
+                self._run(entry)
         self._round += 1
 
     def run_ours(self) -> None:
-        self.ours.seconds.append(self._seconds(self.ours))
+        self._run(self.ours)
 
     def rows(self, peak_memory: dict[str, int]) -> list[Row]:
         """The rows of the results file, one a candidate."""
         case, eager = self.case, _median(self.entries["eager"].seconds)
-        copy, gemm = max(self._copy_gbps, default=None), max(self._gemm_gflops, default=None)
-        floor = None
-        if copy and gemm:
-            floor = sum(max(step.bytes / copy, step.flops / gemm) for step in case.steps) / 1e6
         rows = []
         for name, entry in self.entries.items():
             median, q20, q80 = (_milliseconds(entry.seconds, q) for q in (0.5, 0.2, 0.8))
@@ -104,10 +101,9 @@ class Contest:
                     bytes=sum(step.bytes for step in case.steps),
                     flops=sum(step.flops for step in case.steps),
                     formula=case.formula,
-                    copy_gbps=copy,
-                    gemm_gflops=gemm,
-                    floor_ms=floor,
-                    fraction_of_floor=floor / median if floor and median else None,
+                    copy_gbps=_median(self._copy_gbps),
+                    gemm_gflops=_median(self._gemm_gflops),
+                    fraction_of_floor=_median(entry.fractions),
                     speedup_over_eager=eager * 1e3 / median if eager and median else None,
                     peak_memory_bytes=peak_memory.get(name),
                 )
@@ -141,6 +137,13 @@ class Contest:
             entry.every = 2 if estimate > 10 * seconds[0] else 1
         a_round = sum(s / entry.every for entry, s in zip(alive, seconds, strict=True)) * self.case.calls
         self.rounds = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / a_round)))
+
+    def _run(self, entry: Entry) -> None:
+        entry.seconds.append(self._seconds(entry))
+        if self.case.steps:
+            copy, gemm = self._copy_gbps[-1], self._gemm_gflops[-1]
+            floor = sum(max(step.bytes / copy, step.flops / gemm) for step in self.case.steps) / 1e9
+            entry.fractions.append(floor / entry.seconds[-1])
 
     def _reference_dtype(self) -> torch.dtype:
         return torch.float64 if _bytes(self._inputs[0]) <= FLOAT64_LIMIT else self.case.dtype

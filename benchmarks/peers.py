@@ -113,13 +113,30 @@ def lfcc_pool_each_scale(
     scales: Sequence[int],
     temperature: float,
 ) -> Tensor:
-    """The whole loss: pool once a scale, project the cells with a 1 x 1 convolution, contrast densely."""
+    """The whole loss: pool once a scale, project the few cells with a 1 x 1 convolution, contrast densely."""
     losses = []
     for student, teacher, weight in zip(student_maps, teacher_maps, projections, strict=True):
         for scale in scales:
             pooled = F.adaptive_avg_pool2d(student, scale)
             queries = F.conv2d(pooled, weight[:, :, None, None].to(student.dtype))
             keys = F.adaptive_avg_pool2d(teacher, scale)
+            losses.append(contrast_dense(queries.flatten(1), keys.flatten(1), temperature))
+    return torch.stack(losses).mean()
+
+
+def lfcc_project_maps(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    scales: Sequence[int],
+    temperature: float,
+) -> Tensor:
+    """The whole loss as distillation code is mostly written: a 1 x 1 convolution aligns the map, then it is pooled."""
+    losses = []
+    for student, teacher, weight in zip(student_maps, teacher_maps, projections, strict=True):
+        aligned = F.conv2d(student, weight[:, :, None, None].to(student.dtype))
+        for scale in scales:
+            queries, keys = F.adaptive_avg_pool2d(aligned, scale), F.adaptive_avg_pool2d(teacher, scale)
             losses.append(contrast_dense(queries.flatten(1), keys.flatten(1), temperature))
     return torch.stack(losses).mean()
 

@@ -1,6 +1,6 @@
 """The results file: its schema, written atomically, the runs of both heaps side by side.
 
-    {"schema": 1, "runs": {"default": RUN, "kept": RUN}}
+    {"schema": 2, "runs": {"default": RUN, "kept": RUN}}
     RUN = {"environment": machine.environment(), "rows": [Row, ...]}
 
 Every table is drawn from this file alone.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import machine
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Row:
     bytes: int  # least bytes to move
     flops: int  # least FLOPs to do
     formula: str  # how the two are counted
-    copy_gbps: float | None  # best copy bandwidth measured between the rounds of this case
-    gemm_gflops: float | None  # the same for the rate of a float32 GEMM
-    floor_ms: float | None  # sum over steps of max(bytes / copy_gbps, flops / gemm_gflops)
-    fraction_of_floor: float | None  # floor_ms / median_ms: 1 is perfect
+    copy_gbps: float | None  # median of the copy bandwidths measured between the rounds of this case
+    gemm_gflops: float | None  # the same for the rates of a float32 GEMM
+    # Median over rounds of floor / time, 1 is perfect: the floor is the sum over steps of
+    # max(bytes / copy bandwidth, FLOPs / GEMM rate), at the rates measured just before, for a shared machine's change.
+    fraction_of_floor: float | None
     speedup_over_eager: float | None  # median of "eager" / median_ms
     peak_memory_bytes: int | None  # beyond inputs, result and gradients, in a process of its own
 

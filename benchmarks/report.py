@@ -13,8 +13,8 @@ Contest = dict[str, Row]  # the rows of one case under one heap, by candidate
 
 NOTES = """\
 Median of interleaved rounds with the 20 and 80 % quantiles, default heap / kept heap. Of floor: the least
-time for the work counted, at the best copy bandwidth and GEMM rate measured between the same rounds, over
-ours. Counted: X, S, T bytes of the map, of the student's and of the teacher's maps, Y of the pyramids; B rows
+time for the work counted, at the copy bandwidth and GEMM rate measured just before, over ours: the median of
+rounds. Counted: X, S, T bytes of the map, of the student's and of the teacher's maps, Y of the pyramids; B rows
 of D values; s x s cells of C_s or C_t channels. Fastest peer: the best of all that is not ours, eager
 included; below 1x ours loses."""
 

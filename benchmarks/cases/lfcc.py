@@ -1,5 +1,9 @@
 """The whole loss: a ResNet-18 under a Swin-T, four stages at three scales; and its memory against the batch.
 
+"eager" aligns the student's map with a 1 x 1 convolution and then pools, as distillation code is mostly written;
+"eager, pooled first" has our order, which gives the same loss for a fraction of the products. With filters that
+learn, "eager" has our order too.
+
 Counted in two steps, pooling in bytes (S and T of student and teacher maps, Y of the pyramids) and then
 projection and contrast in FLOPs.
 """
@@ -97,6 +101,9 @@ def _case(
     def pooled(*maps: Tensor) -> Tensor:
         return peers.lfcc_pool_each_scale(*split(maps), weights, SCALES, TEMPERATURE)
 
+    def projected(*maps: Tensor) -> Tensor:
+        return peers.lfcc_project_maps(*split(maps), weights, SCALES, TEMPERATURE)
+
     def filtered(*maps: Tensor) -> Tensor:
         banks = zip(module.student_filters, grids, strict=True)
         filters = [low_pass.bank(grid, grid) for low_pass, grid in banks]
@@ -109,7 +116,7 @@ def _case(
             for c, grid in zip(channels, grids, strict=True)
         )
 
-    eager = {"eager": filtered if learnable else pooled}
+    eager = {"eager": filtered} if learnable else {"eager": projected, "eager, pooled first": pooled}
     others = eager | {"eager backend": eager_backend} | (compiled(eager) if compile else {})
     return Case(
         "lfcc",

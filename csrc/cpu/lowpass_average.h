@@ -175,8 +175,9 @@ LFCC_INLINE void input_grad_body(
     if (by_row) {
       for (int64_t p = 0; p < unit.width; ++p)
         for (int64_t r = 0; r < down; ++r)
-          for (int64_t h = rows.segments[r].begin; h < rows.segments[r].end; ++h, to += grad_x.width)
-            stream_out(to, planes.data() + p * stored + r * grad_x.width, grad_x.width);
+          stream_repeated(
+              to + p * grad_x.stride_c + rows.segments[r].begin * grad_x.width,
+              planes.data() + p * stored + r * grad_x.width, grad_x.width, rows.segments[r].end - rows.segments[r].begin);
     } else {
       stream_out(to, planes.data(), unit.width * stored);
     }

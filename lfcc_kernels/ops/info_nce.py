@@ -99,8 +99,8 @@ def _backward_rows(ctx, grad, *_):
             to_student = (student_grad * (grad if ctx.mean else grad[:, None])).to(student.dtype)
         if ctx.needs_input_grad[1]:
             to_teacher, _ = torch.ops.lfcc.info_nce_grad(
-                grad.expand(student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
-                row_lse, row_lse.new_empty(0), True,
+                grad.expand(student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset, False,
+                ctx.normalize, row_lse, row_lse.new_empty(0), True,
             )  # fmt: skip
         if ctx.needs_input_grad[2]:
             to_temperature = (temperature_grad * grad).sum().to(temperature)
