@@ -31,12 +31,27 @@ int64_t tile_keys(int64_t count, int64_t width) {
   return std::min({TILE_KEYS, fitting, count});
 }
 
-// Calls body(unit, block_begin, block_end) for fixed shares of the blocks, in parallel; a block has `work` products.
-template <typename Body>
-void for_shares(int64_t blocks, int64_t work, const Body& body) {
-  const int64_t units = std::min(blocks, MAX_UNITS);
-  parallel_for(units, work, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) body(unit, unit * blocks / units, (unit + 1) * blocks / units);
+// A block of rows, and the fixed share of all blocks that it is in; shares are the unit of work.
+struct Block {
+  int64_t share, first, rows;
+};
+
+// Calls worker(next) on each thread, where next(&block) is whether there is another block of up to `size` rows for it; a
+// share has `work` products.
+template <typename Worker>
+void for_blocks(int64_t rows, int64_t size, int64_t work, const Worker& worker) {
+  const int64_t blocks = (rows + size - 1) / size, shares = std::min(blocks, MAX_UNITS);
+  share_out(shares, work, [&](Ranges& ranges) {
+    int64_t share = 0, shares_end = 0, at = 0, end = 0;
+    worker([&](Block* block) {
+      if (at == end) {
+        if (++share >= shares_end && !ranges.take(&share, &shares_end)) return false;
+        at = share * blocks / shares, end = (share + 1) * blocks / shares;
+      }
+      *block = {share, at * size, std::min(size, rows - at * size)};
+      ++at;
+      return true;
+    });
   });
 }
 
@@ -54,13 +69,14 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
   const A none = -std::numeric_limits<A>::infinity();
   std::vector<std::vector<A>> col_maximum(MAX_UNITS), col_sum(MAX_UNITS);  // of each share of the rows
 
-  for_shares(blocks, block * keys.count * keys.width, [&](int64_t unit, int64_t begin, int64_t end) {
+  for_blocks(rows.count, block, block * keys.count * keys.width, [&](const auto& next) {
     Workspace<T, A> work(rows, keys, block, n_tile);
     std::vector<tile::Softmax<A>> softmax(block);
     std::vector<A> before(n_tile);
-    if (pair.symmetric) col_maximum[unit].assign(rows.count, none), col_sum[unit].assign(rows.count, A(0));
-    for (int64_t first = begin * block; first < std::min(end * block, rows.count); first += block) {
-      const int64_t m = std::min(block, rows.count - first);
+    for (Block taken; next(&taken);) {
+      const auto [share, first, m] = taken;
+      if (pair.symmetric && col_sum[share].empty())
+        col_maximum[share].assign(rows.count, none), col_sum[share].assign(rows.count, A(0));
       work.load_rows(first, m, pair.temperature);
       std::fill(softmax.begin(), softmax.end(), tile::Softmax<A>());
       for (int64_t key = 0; key < keys.count; key += n_tile) {
@@ -75,8 +91,8 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
         const int64_t col = std::max(key, offset), col_end = std::min(key + n, offset + rows.count);
         if (!pair.symmetric || col >= col_end) continue;
         tile::online_columns(
-            work.row(0) + (col - key), m, col_end - col, n_tile, col_maximum[unit].data() + (col - offset),
-            col_sum[unit].data() + (col - offset), before.data());
+            work.row(0) + (col - key), m, col_end - col, n_tile, col_maximum[share].data() + (col - offset),
+            col_sum[share].data() + (col - offset), before.data());
       }
       for (int64_t i = 0; i < m; ++i) row_lse[first + i] = softmax[i].maximum + std::log(softmax[i].sum);
     }
@@ -103,14 +119,14 @@ void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, 
     if (small::fits(rows, keys))
       return small::info_nce<A>(pair, rows, keys, losses, row_lse, row_grad, temperature_grad);
   const int64_t block = block_rows(rows.count, rows.width), n_tile = tile_keys(keys.count, keys.width);
-  const int64_t blocks = (rows.count + block - 1) / block, width = rows.width;
+  const int64_t width = rows.width;
   const A temperature = A(pair.temperature);
 
-  for_shares(blocks, block * keys.count * width, [&](int64_t, int64_t begin, int64_t end) {
+  for_blocks(rows.count, block, block * keys.count * width, [&](const auto& next) {
     Workspace<T, A> work(rows, keys, block, n_tile);
     std::vector<tile::Softmax<A>> softmax(block);
-    for (int64_t first = begin * block; first < std::min(end * block, rows.count); first += block) {
-      const int64_t m = std::min(block, rows.count - first);
+    for (Block taken; next(&taken);) {
+      const auto [share, first, m] = taken;
       A* output = row_grad + first * width;  // sum of softmax weights times keys, then the gradient
       work.load_rows(first, m, pair.temperature);
       std::fill(output, output + m * width, A(0));
@@ -174,15 +190,15 @@ void info_nce_grad(
   const bool along_own = pair.symmetric || !of_keys, along_other = pair.symmetric || of_keys;
 
   const int64_t block = block_rows(own.count, own.width), n_tile = tile_keys(other.count, other.width);
-  const int64_t blocks = (own.count + block - 1) / block, width = own.width;
+  const int64_t width = own.width;
   const A temperature = A(pair.temperature);
   std::vector<A> along(own.count);
 
-  for_shares(blocks, block * other.count * width, [&](int64_t, int64_t begin, int64_t end) {
+  for_blocks(own.count, block, block * other.count * width, [&](const auto& next) {
     Workspace<T, A> work(own, other, block, n_tile);
     std::vector<A> output(block * width);
-    for (int64_t first = begin * block; first < std::min(end * block, own.count); first += block) {
-      const int64_t m = std::min(block, own.count - first);
+    for (Block taken; next(&taken);) {
+      const auto [share, first, m] = taken;
       work.load_rows(first, m, pair.temperature);
       std::fill(output.begin(), output.end(), A(0));
       for (int64_t key = 0; key < other.count; key += n_tile) {
