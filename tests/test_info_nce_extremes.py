@@ -84,7 +84,7 @@ def test_identical_rows_give_log_of_the_batch(backend: str, rows: int, dtype: to
     row = randn(1, 33).to(dtype)
     student, teacher = (row.repeat(rows, 1).requires_grad_() for _ in range(2))
     loss = lk.info_nce(student, teacher, direction=direction, temperature=0.005)
-    assert loss.item() == pytest.approx(math.log(rows), abs=rounding(accumulator(dtype), 200.0))
+    assert loss.item() == pytest.approx(math.log(rows), abs=4 * rounding(accumulator(dtype), 200.0))
     for grad in gradients(loss, [student, teacher]):
         assert grad.abs().max() < 1e-4  # against 1 / temperature = 200
 
