@@ -9,7 +9,6 @@ Rows = Mapping[tuple[str, str], Row]  # by case and candidate, under one heap
 
 HEAPS = ("default", "kept")
 LOWPASS = "lowpass-nchw-32x256x56x56-float32"
-WHOLE_LOSS = "whole loss, B = 128, fwd+bwd"
 SMALL_INFO_NCE = tuple(
     f"info_nce-{case}-float32-{mode}"
     for mode in ("fwd", "fwd+bwd")
@@ -99,13 +98,7 @@ GOALS = (
         )
     ),
     Goal("info_nce B <= 1024, one way, worst case, over dense torch", _speedup(*SMALL_INFO_NCE), 1, "x"),
-    Goal(f"{WHOLE_LOSS}, over eager", _speedup("lfcc-average-128x4x3-float32-fwd+bwd"), 5, "x"),
-    Goal(
-        f"{WHOLE_LOSS}, over eager that pools first",
-        _speedup("lfcc-average-128x4x3-float32-fwd+bwd", over="eager, pooled first"),
-        5,
-        "x",
-    ),
+    Goal("whole loss, B = 128, fwd+bwd, over eager", _speedup("lfcc-average-128x4x3-float32-fwd+bwd"), 5, "x"),
     Goal(
         "whole loss, growth of memory beyond inputs and gradients from B = 1024 to 2048 (B^2 would be 4)",
         _growth("lfcc-small-maps-1024x1x3-float32-fwd+bwd", "lfcc-small-maps-2048x1x3-float32-fwd+bwd"),

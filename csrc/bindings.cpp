@@ -177,7 +177,8 @@ struct Rows {
        const Optional& teacher_ids, int64_t positive_offset)
       : student(in_rows(student)), teacher(in_rows(teacher)), positive_offset(positive_offset) {
     STD_TORCH_CHECK(
-        student.dim() == 2 && teacher.dim() == 2 && student.scalar_type() == teacher.scalar_type() && student.size(1) == teacher.size(1) && positive_offset >= 0 &&
+        student.dim() == 2 && teacher.dim() == 2 && student.scalar_type() == teacher.scalar_type() &&
+            student.size(1) == teacher.size(1) && positive_offset >= 0 &&
             positive_offset + student.size(0) <= teacher.size(0),
         "lfcc: student and teacher rows do not fit each other");
     const auto check_ids = [](const Tensor& ids, int64_t count) {

@@ -23,7 +23,8 @@ template <typename A>
 void product_with_transpose(
     int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc) {
   if (auto gemm = blas(A())) {
-    const int rows = int(m), cols = int(n), depth = int(k), stride_a = int(lda), stride_b = int(ldb), stride_c = int(ldc);
+    const int rows = int(m), cols = int(n), depth = int(k);
+    const int stride_a = int(lda), stride_b = int(ldb), stride_c = int(ldc);
     const A one = 1, zero = 0;
     gemm("T", "N", &cols, &rows, &depth, &one, b, &stride_b, a, &stride_a, &zero, c, &stride_c);
     return;
@@ -42,7 +43,8 @@ template <typename A>
 void add_product(
     int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc) {
   if (auto gemm = blas(A())) {
-    const int rows = int(m), cols = int(n), depth = int(k), stride_a = int(lda), stride_b = int(ldb), stride_c = int(ldc);
+    const int rows = int(m), cols = int(n), depth = int(k);
+    const int stride_a = int(lda), stride_b = int(ldb), stride_c = int(ldc);
     const A one = 1;
     gemm("N", "N", &cols, &rows, &depth, &one, b, &stride_b, a, &stride_a, &one, c, &stride_c);
     return;

@@ -3,9 +3,10 @@
 // weights, and a second product adds weights times keys to the block's gradient. The maximum runs along (as in
 // "Online normalizer calculation for softmax", arXiv 1805.02867), so any temperature is safe and B x K is never held.
 //
-// Blocks are fixed by the shapes, never by the number of threads. Working memory a thread: two blocks of rows x D and
-// one tile of logits; a third, of keys x D, where keys are raised from a smaller type or have extreme norms.
-// Reads B D values and (B / 256) K D from the last cache; FLOPs are in info_nce.h.
+// Blocks are fixed by the shapes, never by the number of threads. Working memory a thread: one tile of logits, and a
+// block of the gradient where it is not the result; also a block of rows and a tile of keys where they are raised from
+// a smaller type or have extreme norms. Reads B D values and (B / 256) K D from the last cache; FLOPs are in info_nce.h.
+// Small batches have a way of their own, in info_nce_small.h.
 #include "info_nce.h"
 
 #include <algorithm>
@@ -36,8 +37,8 @@ struct Block {
   int64_t share, first, rows;
 };
 
-// Calls worker(next) on each thread, where next(&block) is whether there is another block of up to `size` rows for it; a
-// share has `work` products.
+// Calls worker(next) on each thread, where next(&block) is whether there is another block of up to `size` rows for it;
+// a share has `work` products.
 template <typename Worker>
 void for_blocks(int64_t rows, int64_t size, int64_t work, const Worker& worker) {
   const int64_t blocks = (rows + size - 1) / size, shares = std::min(blocks, MAX_UNITS);
@@ -103,9 +104,10 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
       continue;
     }
     A maximum = none, sum = 0;
-    for (int64_t unit = 0; unit < std::min(blocks, MAX_UNITS); ++unit) maximum = std::max(maximum, col_maximum[unit][i]);
-    for (int64_t unit = 0; unit < std::min(blocks, MAX_UNITS); ++unit)
-      sum += col_sum[unit][i] * std::exp(col_maximum[unit][i] - maximum);
+    const int64_t shares = std::min(blocks, MAX_UNITS);
+    for (int64_t share = 0; share < shares; ++share) maximum = std::max(maximum, col_maximum[share][i]);
+    for (int64_t share = 0; share < shares; ++share)
+      sum += col_sum[share][i] * std::exp(col_maximum[share][i] - maximum);
     col_lse[i] = maximum + std::log(sum);
     losses[i] += (row_lse[i] + col_lse[i]) / 2;
   }
@@ -216,7 +218,8 @@ void info_nce_grad(
             tile::own_softmax(products, by, scale, own_weight[row], own_lse[row], n);
           else
             tile::other_softmax(products, by, scale, other_weight + key, other_lse + key, n);
-          if (positive >= 0 && positive < n) products[positive] -= grad[of_keys ? key + positive : row] * scale[positive];
+          if (positive >= 0 && positive < n)
+            products[positive] -= grad[of_keys ? key + positive : row] * scale[positive];
         }
         work.add_keys(m, n, output.data());
       }

@@ -13,7 +13,7 @@
 
 namespace lfcc::small {
 
-constexpr int64_t PAIRS = int64_t(1) << 18;     // a MiB of float products
+constexpr int64_t PAIRS = int64_t(1) << 18;       // a MiB of float products
 constexpr int64_t PART_WIDTH = 1024, PARTS = 16;  // values of a row in a part; at most so many parts
 
 template <typename T, typename A>

@@ -59,7 +59,7 @@ LFCC_INLINE A add_to_softmax_body(A* products, A by, const A* scale, int64_t n, 
   A maximum = softmax->maximum, correction = 1;
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < n; ++j) {
-    // Stored, so that the maximum less itself is 0: left in a register, the product would be fused with the subtraction.
+    // Stored, so that the maximum less itself is 0: from a register, the product would be fused with the subtraction.
     const A logit = products[j] *= by * scale[j];
     maximum = logit > maximum ? logit : maximum;
   }
