@@ -106,6 +106,23 @@ class _RowBlocks(torch.autograd.Function):
         return gradient * upstream, None, None, None
 
 
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """A map (B, C_s, H, W) through a linear map (C_t, C_s) of its channels, as a 1 x 1 convolution."""
+    return F.conv2d(x, weight[:, :, None, None].to(x.dtype))
+
+
+def _contrast_each_scale(
+    students: Sequence[Sequence[Tensor]], teacher_maps: Sequence[Tensor], scales: Sequence[int], temperature: float
+) -> Tensor:
+    """The mean loss of the students' grids, one a stage and scale, against the pooled maps of the teacher."""
+    losses = [
+        contrast_dense(grid.flatten(1), F.adaptive_avg_pool2d(teacher, scale).flatten(1), temperature)
+        for grids, teacher in zip(students, teacher_maps, strict=True)
+        for grid, scale in zip(grids, scales, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
 def lfcc_pool_each_scale(
     student_maps: Sequence[Tensor],
     teacher_maps: Sequence[Tensor],
@@ -114,14 +131,11 @@ def lfcc_pool_each_scale(
     temperature: float,
 ) -> Tensor:
     """The whole loss: pool once a scale, project the few cells with a 1 x 1 convolution, contrast densely."""
-    losses = []
-    for student, teacher, weight in zip(student_maps, teacher_maps, projections, strict=True):
-        for scale in scales:
-            pooled = F.adaptive_avg_pool2d(student, scale)
-            queries = F.conv2d(pooled, weight[:, :, None, None].to(student.dtype))
-            keys = F.adaptive_avg_pool2d(teacher, scale)
-            losses.append(contrast_dense(queries.flatten(1), keys.flatten(1), temperature))
-    return torch.stack(losses).mean()
+    students = [
+        [_project(F.adaptive_avg_pool2d(student, scale), weight) for scale in scales]
+        for student, weight in zip(student_maps, projections, strict=True)
+    ]
+    return _contrast_each_scale(students, teacher_maps, scales, temperature)
 
 
 def lfcc_project_maps(
@@ -132,13 +146,9 @@ def lfcc_project_maps(
     temperature: float,
 ) -> Tensor:
     """The whole loss as distillation code is mostly written: a 1 x 1 convolution aligns the map, then it is pooled."""
-    losses = []
-    for student, teacher, weight in zip(student_maps, teacher_maps, projections, strict=True):
-        aligned = F.conv2d(student, weight[:, :, None, None].to(student.dtype))
-        for scale in scales:
-            queries, keys = F.adaptive_avg_pool2d(aligned, scale), F.adaptive_avg_pool2d(teacher, scale)
-            losses.append(contrast_dense(queries.flatten(1), keys.flatten(1), temperature))
-    return torch.stack(losses).mean()
+    aligned = [_project(student, weight) for student, weight in zip(student_maps, projections, strict=True)]
+    students = [[F.adaptive_avg_pool2d(student, scale) for scale in scales] for student in aligned]
+    return _contrast_each_scale(students, teacher_maps, scales, temperature)
 
 
 def lfcc_filter_each_scale(
@@ -150,11 +160,11 @@ def lfcc_filter_each_scale(
     temperature: float,
 ) -> Tensor:
     """The whole loss with trainable student filters, (row_filters, col_filters) a stage."""
-    losses = []
-    for student, teacher, weight, (rows, cols) in zip(student_maps, teacher_maps, projections, filters, strict=True):
-        for scale, row, col in zip(scales, rows.split(scales), cols.split(scales), strict=True):
-            pooled = row.to(student.dtype) @ student @ col.t().to(student.dtype)
-            queries = F.conv2d(pooled, weight[:, :, None, None].to(student.dtype))
-            keys = F.adaptive_avg_pool2d(teacher, scale)
-            losses.append(contrast_dense(queries.flatten(1), keys.flatten(1), temperature))
-    return torch.stack(losses).mean()
+    students = [
+        [
+            _project(row.to(student.dtype) @ student @ col.t().to(student.dtype), weight)
+            for row, col in zip(rows.split(scales), cols.split(scales), strict=True)
+        ]
+        for student, weight, (rows, cols) in zip(student_maps, projections, filters, strict=True)
+    ]
+    return _contrast_each_scale(students, teacher_maps, scales, temperature)

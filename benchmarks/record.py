@@ -44,7 +44,7 @@ class Row:
     copy_gbps: float | None  # median of the copy bandwidths measured between the rounds of this case
     gemm_gflops: float | None  # the same for the rates of a float32 GEMM
     # Median over rounds of floor / time, 1 is perfect: the floor is the sum over steps of
-    # max(bytes / copy bandwidth, FLOPs / GEMM rate), at the rates measured just before, for a shared machine's change.
+    # max(bytes / copy bandwidth, FLOPs / GEMM rate), at the rates measured just before: a shared machine's change.
     fraction_of_floor: float | None
     speedup_over_eager: float | None  # median of "eager" / median_ms
     peak_memory_bytes: int | None  # beyond inputs, result and gradients, in a process of its own

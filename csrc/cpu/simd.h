@@ -175,11 +175,6 @@ LFCC_INLINE void stream_fence() { _mm_sfence(); }
 LFCC_INLINE void stream_fence() {}
 #endif
 
-// The same n values so many times, one after the other; a short row of whole quads stays in registers.
-template <typename T, typename A>
-LFCC_INLINE void stream_repeated(T* destination, const A* row, int64_t n, int64_t times) {
-  for (int64_t k = 0; k < times; ++k) stream_out(destination + k * n, row, n);
-}
 #if defined(__x86_64__)
 template <int QUADS>
 LFCC_INLINE void stream_quads(float* destination, const float* row, int64_t quads, int64_t times) {
@@ -190,12 +185,17 @@ LFCC_INLINE void stream_quads(float* destination, const float* row, int64_t quad
   for (; times > 0; --times, destination += 4 * QUADS)
     for (int q = 0; q < QUADS; ++q) _mm_stream_ps(destination + 4 * q, values[q]);
 }
-template <>
-LFCC_INLINE void stream_repeated(float* destination, const float* row, int64_t n, int64_t times) {
-  if (n % 4 == 0 && n <= 64 && reinterpret_cast<uintptr_t>(destination) % 16 == 0)
-    return stream_quads<16>(destination, row, n / 4, times);
+#endif
+
+// The same n values so many times, one after the other; a short row of whole quads stays in registers.
+template <typename T, typename A>
+LFCC_INLINE void stream_repeated(T* destination, const A* row, int64_t n, int64_t times) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same<T, float>::value)
+    if (n % 4 == 0 && n <= 64 && reinterpret_cast<uintptr_t>(destination) % 16 == 0)
+      return stream_quads<16>(destination, row, n / 4, times);
+#endif
   for (int64_t k = 0; k < times; ++k) stream_out(destination + k * n, row, n);
 }
-#endif
 
 }  // namespace lfcc

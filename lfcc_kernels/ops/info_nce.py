@@ -82,6 +82,11 @@ def _(
     return side.new_empty(side.shape), torch.empty_like(temperature)
 
 
+def _of_rows(ctx, grad: Tensor, rows: int) -> Tensor:
+    """The upstream gradient of each row's loss."""
+    return (grad / rows).expand(rows) if ctx.mean else grad
+
+
 def _setup_rows(ctx, inputs, output):
     *pair, ctx.positive_offset, ctx.normalize, ctx.mean = inputs
     _loss, row_lse, student_grad, temperature_grad = output
@@ -94,16 +99,16 @@ def _backward_rows(ctx, grad, *_):
     inputs = [grad, student, teacher, temperature]
     to_student = to_teacher = to_temperature = None
     with torch.no_grad():
-        grad = grad / student.shape[0] if ctx.mean else grad
+        of_rows = _of_rows(ctx, grad, student.shape[0])
         if ctx.needs_input_grad[0]:
-            to_student = (student_grad * (grad if ctx.mean else grad[:, None])).to(student.dtype)
+            to_student = (student_grad * of_rows[:, None]).to(student.dtype)
         if ctx.needs_input_grad[1]:
             to_teacher, _ = torch.ops.lfcc.info_nce_grad(
-                grad.expand(student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset, False,
-                ctx.normalize, row_lse, row_lse.new_empty(0), True,
+                of_rows, student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
+                row_lse, row_lse.new_empty(0), True,
             )  # fmt: skip
         if ctx.needs_input_grad[2]:
-            to_temperature = (temperature_grad * grad).sum().to(temperature)
+            to_temperature = (temperature_grad * of_rows).sum().to(temperature)
     return (
         first_order_only(to_student, inputs),
         first_order_only(to_teacher, inputs),
@@ -124,10 +129,9 @@ def _backward_both(ctx, grad, *_):
     inputs = [grad, student, teacher, temperature]
 
     def gradients(of_teacher: bool) -> tuple[Tensor, Tensor]:
-        of_rows = (grad / student.shape[0]).expand(student.shape[0]) if ctx.mean else grad
         return torch.ops.lfcc.info_nce_grad(
-            of_rows, student, teacher, temperature, *ids, ctx.positive_offset, ctx.symmetric, ctx.normalize,
-            row_lse, col_lse, of_teacher,
+            _of_rows(ctx, grad, student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset,
+            ctx.symmetric, ctx.normalize, row_lse, col_lse, of_teacher,
         )  # fmt: skip
 
     to_student = to_teacher = to_temperature = None
