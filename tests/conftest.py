@@ -1,10 +1,29 @@
+"""Backends that tests run on.
+
+Triton's kernels run on the GPU where there is one, else on the CPU in Triton's interpreter, which must be chosen
+before Triton is imported. Tests that need a GPU have the mark `gpu`.
+"""
+
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import lfcc_kernels as lk
-from lfcc_kernels.backends import native
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import lfcc_kernels as lk  # noqa: E402
+from lfcc_kernels.ops.dispatch import why_missing  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from interpreter import round_bfloat16_to_nearest
+
+    round_bfloat16_to_nearest()
+
+TRITON = pytest.param("triton", marks=pytest.mark.gpu) if ON_GPU else "triton"
 
 
 @pytest.fixture(autouse=True)
@@ -17,19 +36,27 @@ def fixed_seed_and_one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["eager", "cpu"])
+@pytest.fixture(params=["eager", "cpu", TRITON])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every backend, and skips those that are not built."""
-    if request.param not in lk.available_backends():
-        pytest.skip(native.missing)
-    with lk.use_backend(request.param):
-        yield request.param
+    """Runs the test once on every backend, and skips those that cannot serve here."""
+    yield from _serve(request.param)
+
+
+@pytest.fixture(params=["cpu", TRITON])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every backend that has kernels of its own."""
+    yield from _serve(request.param)
 
 
 @pytest.fixture
-def kernels() -> Iterator[None]:
-    """Runs the test on the compiled kernels, or skips it."""
-    if native.missing:
-        pytest.skip(native.missing)
-    with lk.use_backend("cpu"):
-        yield
+def compiled_kernels() -> Iterator[str]:
+    """Runs the test on the compiled CPU kernels."""
+    yield from _serve("cpu")
+
+
+def _serve(name: str) -> Iterator[str]:
+    if reason := why_missing().get(name):
+        pytest.skip(reason)
+    # Tensors that a test makes lie where the backend wants them, its oracles' among them.
+    with torch.device("cuda" if name == "triton" and ON_GPU else "cpu"), lk.use_backend(name):
+        yield name

@@ -19,7 +19,7 @@ FASTEST = "eager" if native.missing else "cpu"
 
 
 def served() -> str:
-    return select(CPU)
+    return select(CPU, torch.float32)
 
 
 def test_auto_is_the_default() -> None:
@@ -93,7 +93,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-SERVED = "import torch; from lfcc_kernels.ops.dispatch import select; print(select(torch.device('cpu')))"
+SERVED = "import torch; from lfcc_kernels.ops.dispatch import select; print(select(torch.device('cpu'), torch.float32))"
 LOWPASS = "import torch, lfcc_kernels as lk; lk.lowpass(torch.ones(1, 1, 4, 4))"
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lfcc_kernels.backends import native
+from lfcc_kernels.backends import native, triton
 
 AUTO = "auto"
 
@@ -21,7 +21,12 @@ _choice = _Choice()
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can serve on this machine; "eager" always can."""
-    return ("eager",) if native.missing else ("eager", "cpu")
+    return ("eager", *(name for name, reason in why_missing().items() if not reason))
+
+
+def why_missing() -> dict[str, str]:
+    """Of each backend but eager, why it cannot serve on this machine, or an empty string."""
+    return {"cpu": native.missing, "triton": triton.missing()}
 
 
 @contextmanager
@@ -29,8 +34,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve every op called in this block, in this thread, by one backend.
 
     Args:
-        name: "eager" (plain PyTorch: the oracle, any device, differentiable twice), "cpu" (the compiled kernels) or
-            "auto" (the fastest that can serve). The environment variable LFCC_BACKEND sets the same for a process.
+        name: "eager" (plain PyTorch: the oracle, any device, differentiable twice), "cpu" (the compiled kernels),
+            "triton" (NVIDIA GPUs) or "auto" (the fastest that can serve). The environment variable LFCC_BACKEND
+            sets the same for a process.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot serve on this machine, with the reason.
@@ -43,24 +49,35 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.name = previous
 
 
-def select(device: torch.device) -> str:
-    """The backend that serves an op on tensors of `device`."""
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves an op on tensors of this device and dtype."""
     name = _choice.name
     if name == AUTO:
-        return "cpu" if device.type == "cpu" and not native.missing else "eager"
+        return _fastest(device, dtype)
     _check(name)
-    if name == "cpu" and device.type != "cpu":
+    home = {"cpu": "cpu", "triton": triton.DEVICE}.get(name, device.type)
+    if device.type != home:
         raise ValueError(
-            f"backend 'cpu' was asked for by name, but the tensors are on {device}; "
-            "move them with .cpu(), or use_backend('auto')"
+            f"backend {name!r} was asked for by name, but the tensors are on {device}; "
+            f"move them with .to({home!r}), or use_backend('auto')"
         )
     return name
 
 
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cpu" and not native.missing:
+        return "cpu"
+    # Triton multiplies float64 without tensor cores, which torch's own products use.
+    if device.type == "cuda" and dtype != torch.float64 and not triton.missing():
+        return "triton"
+    return "eager"
+
+
 def _check(name: str) -> None:
-    if name == AUTO or name in available_backends():
+    reasons = why_missing()
+    if name in (AUTO, "eager") or reasons.get(name) == "":
         return
-    reason = f" ({native.missing})" if name == "cpu" else ""
+    reason = f" ({reasons[name]})" if name in reasons else ""
     raise ValueError(
         f"backend {name!r} is not available{reason}; available are auto, {', '.join(available_backends())}"
     )

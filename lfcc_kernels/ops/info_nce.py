@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lfcc_kernels.backends import eager
 from lfcc_kernels.ops.dispatch import select
-from lfcc_kernels.ops.registration import call, define, first_order_only, library
+from lfcc_kernels.ops.registration import call, define, first_order_only, op, register_autograd, register_fake
 
 _PAIR = (
     "Tensor student, Tensor teacher, Tensor temperature, Tensor? student_ids, Tensor? teacher_ids, int positive_offset"
@@ -28,7 +28,7 @@ SCHEMAS = [
     f"info_nce_grad(Tensor grad, {_PAIR}, bool symmetric, bool normalize, Tensor row_lse, Tensor col_lse, "
     "bool of_teacher) -> (Tensor side_grad, Tensor temperature_grad)",
 ]
-define(SCHEMAS)
+define(SCHEMAS, "info_nce")
 
 
 def info_nce(
@@ -51,29 +51,32 @@ def info_nce(
         student, teacher, student_ids, teacher_ids = teacher, student, teacher_ids, student_ids
         positive_offset = 0
     symmetric = direction == "symmetric"
+    if temperature.requires_grad:
+        temperature = temperature.to(student.device)  # kernels give a gradient to none that lies elsewhere
     pair = (student, teacher, temperature, student_ids, teacher_ids, positive_offset)
-    if select(student.device) == "eager":
+    backend = select(student.device, student.dtype)
+    if backend == "eager":
         return eager.info_nce(*pair, symmetric, normalize, mean)
     if not symmetric and torch.is_grad_enabled() and (student.requires_grad or temperature.requires_grad):
-        return torch.ops.lfcc.info_nce_one_pass(*pair, normalize, mean)[0]
-    return call(torch.ops.lfcc.info_nce.default, *pair, symmetric, normalize, mean)[0]
+        return op("info_nce_one_pass", backend)(*pair, normalize, mean)[0]
+    return call(op("info_nce", backend), *pair, symmetric, normalize, mean)[0]
 
 
-@torch.library.register_fake("lfcc::info_nce", lib=library)
+@register_fake("info_nce")
 def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, symmetric, normalize, mean):
     stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
     loss = stats.new_empty(() if mean else stats.shape)
     return loss, stats, stats.new_empty(student.shape[0] if symmetric else 0)
 
 
-@torch.library.register_fake("lfcc::info_nce_one_pass", lib=library)
+@register_fake("info_nce_one_pass")
 def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize, mean):
     stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
     loss = stats.new_empty(() if mean else stats.shape)
     return loss, stats, stats.new_empty(student.shape), torch.empty_like(stats)
 
 
-@torch.library.register_fake("lfcc::info_nce_grad", lib=library)
+@register_fake("info_nce_grad")
 def _(
     grad, student, teacher, temperature, student_ids, teacher_ids, positive_offset, symmetric, normalize,
     row_lse, col_lse, of_teacher,
@@ -94,7 +97,7 @@ def _setup_rows(ctx, inputs, output):
     ctx.save_for_backward(*pair, row_lse, student_grad, temperature_grad)
 
 
-def _backward_rows(ctx, grad, *_):
+def _backward_rows(backend, ctx, grad, *_):
     student, teacher, temperature, *ids, row_lse, student_grad, temperature_grad = ctx.saved_tensors
     inputs = [grad, student, teacher, temperature]
     to_student = to_teacher = to_temperature = None
@@ -103,7 +106,7 @@ def _backward_rows(ctx, grad, *_):
         if ctx.needs_input_grad[0]:
             to_student = (student_grad * of_rows[:, None]).to(student.dtype)
         if ctx.needs_input_grad[1]:
-            to_teacher, _ = torch.ops.lfcc.info_nce_grad(
+            to_teacher, _ = op("info_nce_grad", backend)(
                 of_rows, student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
                 row_lse, row_lse.new_empty(0), True,
             )  # fmt: skip
@@ -124,12 +127,12 @@ def _setup_both(ctx, inputs, output):
     ctx.save_for_backward(*pair, row_lse, col_lse)
 
 
-def _backward_both(ctx, grad, *_):
+def _backward_both(backend, ctx, grad, *_):
     student, teacher, temperature, *ids, row_lse, col_lse = ctx.saved_tensors
     inputs = [grad, student, teacher, temperature]
 
     def gradients(of_teacher: bool) -> tuple[Tensor, Tensor]:
-        return torch.ops.lfcc.info_nce_grad(
+        return op("info_nce_grad", backend)(
             _of_rows(ctx, grad, student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset,
             ctx.symmetric, ctx.normalize, row_lse, col_lse, of_teacher,
         )  # fmt: skip
@@ -149,5 +152,5 @@ def _backward_both(ctx, grad, *_):
     )  # fmt: skip
 
 
-torch.library.register_autograd("lfcc::info_nce_one_pass", _backward_rows, setup_context=_setup_rows, lib=library)
-torch.library.register_autograd("lfcc::info_nce", _backward_both, setup_context=_setup_both, lib=library)
+register_autograd("info_nce_one_pass", _setup_rows, _backward_rows)
+register_autograd("info_nce", _setup_both, _backward_both)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lfcc_kernels.backends import eager
 from lfcc_kernels.ops.dispatch import select
-from lfcc_kernels.ops.registration import call, define, first_order_only, library
+from lfcc_kernels.ops.registration import call, define, first_order_only, op, register_autograd, register_fake
 
 _FILTERS = "int[] scales, Tensor? row_filters, Tensor? col_filters, int[] grid, int prefix_tokens"
 SCHEMAS = [
@@ -18,7 +18,7 @@ SCHEMAS = [
     "lowpass_filter_grad(Tensor grad, Tensor x, int[] scales, Tensor row_filters, Tensor col_filters, int[] grid, "
     "int prefix_tokens) -> (Tensor, Tensor)",
 ]
-define(SCHEMAS)
+define(SCHEMAS, "lowpass")
 
 
 def lowpass(
@@ -30,9 +30,10 @@ def lowpass(
     prefix_tokens: int,
 ) -> Tensor:
     """Run the op on the backend that serves; arguments as in the schema."""
-    if select(x.device) == "eager":
+    backend = select(x.device, x.dtype)
+    if backend == "eager":
         return eager.lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
-    return call(torch.ops.lfcc.lowpass.default, x, scales, row_filters, col_filters, grid, prefix_tokens)
+    return call(op("lowpass", backend), x, scales, row_filters, col_filters, grid, prefix_tokens)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -40,19 +41,19 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
 
 
-@torch.library.register_fake("lfcc::lowpass", lib=library)
+@register_fake("lowpass")
 def _(x, scales, row_filters, col_filters, grid, prefix_tokens):
     channels = x.shape[2] if x.dim() == 3 else x.shape[1]
     return x.new_empty(x.shape[0], sum(s * s for s in scales), channels)
 
 
-@torch.library.register_fake("lfcc::lowpass_input_grad", lib=library)
+@register_fake("lowpass_input_grad")
 def _(grad, size, channels_last, scales, row_filters, col_filters, grid, prefix_tokens):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
-@torch.library.register_fake("lfcc::lowpass_filter_grad", lib=library)
+@register_fake("lowpass_filter_grad")
 def _(grad, x, scales, row_filters, col_filters, grid, prefix_tokens):
     return torch.empty_like(row_filters), torch.empty_like(col_filters)
 
@@ -65,14 +66,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x if filters_learn else None, row_filters, col_filters)
 
 
-def _backward(ctx, grad):
+def _backward(backend, ctx, grad):
     x, row_filters, col_filters = ctx.saved_tensors
     grad_x = grad_rows = grad_cols = None
     inputs = [grad, x, row_filters, col_filters]
     with torch.no_grad():
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.lfcc.lowpass_input_grad(
+            grad_x = op("lowpass_input_grad", backend)(
                 grad,
                 ctx.size,
                 ctx.channels_last,
@@ -83,7 +84,7 @@ def _backward(ctx, grad):
                 ctx.prefix_tokens,
             )
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            grad_rows, grad_cols = torch.ops.lfcc.lowpass_filter_grad(
+            grad_rows, grad_cols = op("lowpass_filter_grad", backend)(
                 grad, x, ctx.scales, row_filters, col_filters, ctx.grid, ctx.prefix_tokens
             )
     return (
@@ -96,4 +97,4 @@ def _backward(ctx, grad):
     )
 
 
-torch.library.register_autograd("lfcc::lowpass", _backward, setup_context=_setup_context, lib=library)
+register_autograd("lowpass", _setup_context, _backward)

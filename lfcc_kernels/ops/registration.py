@@ -1,5 +1,13 @@
-"""What both ops share: the library fragment, a short way to call, and the guard against a second derivative."""
+"""What both ops share: the library fragment, an overload a backend, a short way to call, and the guard against a
+second derivative.
 
+Every op has two overloads of one schema: `default`, which the compiled library serves, and `triton`. So the choice of
+backend is part of a graph, and the backward pass, which may run in another thread, stays with it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +18,50 @@ from lfcc_kernels.backends import native
 library = torch.library.Library("lfcc", "FRAGMENT")
 
 
-def define(schemas: list[str]) -> None:
-    """Define the ops in Python where the compiled library, which brings the same schemas, is not there."""
-    if native.missing:
-        for schema in schemas:
+# Which overload, named as in a schema, serves a backend.
+OVERLOADS = {"cpu": "", "triton": ".triton"}
+
+
+def define(schemas: list[str], module: str) -> None:
+    """Define the overloads that the compiled library does not bring; `module` has the functions behind Triton's."""
+    for schema in schemas:
+        name, arguments = schema.split("(", 1)
+        if native.missing:
             library.define(schema)
+        library.define(f"{name}.triton({arguments}")
+        for key in ("CPU", "CUDA"):
+            library.impl(f"{name}.triton", _lazily(f"lfcc_kernels.backends.triton.{module}", name), key)
+
+
+def _lazily(module: str, name: str) -> Callable:
+    """The function of that name, whose module, and Triton with it, is imported with the first call."""
+    return lambda *arguments: getattr(importlib.import_module(module), name)(*arguments)
+
+
+def register_fake(name: str) -> Callable[[Callable], None]:
+    """Decorates a function that gives shape, type and layout of an op's results, for all its overloads."""
+
+    def register(fake: Callable) -> None:
+        for overload in OVERLOADS.values():
+            torch.library.register_fake(f"lfcc::{name}{overload}", fake, lib=library)
+
+    return register
+
+
+def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Derivative of an op for all its overloads; `backward` gets, before ctx and gradients, the backend's name."""
+    for backend, overload in OVERLOADS.items():
+        torch.library.register_autograd(
+            f"lfcc::{name}{overload}",
+            functools.partial(backward, backend),
+            setup_context=setup_context,
+            lib=library,
+        )
+
+
+def op(name: str, backend: str) -> torch._ops.OpOverload:
+    """The overload of an op that `backend` serves."""
+    return getattr(getattr(torch.ops.lfcc, name), OVERLOADS[backend].removeprefix(".") or "default")
 
 
 def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:

@@ -85,7 +85,7 @@ def demonstrate(
 
 def backend() -> str:
     """Which backend serves the LFCC loss here, in a sentence."""
-    name = select(torch.device("cpu"))
+    name = select(torch.device("cpu"), torch.float32)
     if name != "eager":
         return f"The LFCC loss is served by the compiled kernels (backend {name!r})."
     reason = f": {native.missing}" if native.missing else ", as asked for"

@@ -1,0 +1,32 @@
+"""Triton kernels for both ops: on NVIDIA GPUs of compute capability 8.0 and newer, or in Triton's interpreter on CPU.
+
+Nothing here imports Triton before a kernel is asked for, so that the package imports without it.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+# Triton reads this when it decorates a kernel, so it counts only where it was set before the first one ran.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+DEVICE = "cpu" if INTERPRET else "cuda"  # where the tensors must be
+
+OLDEST_CAPABILITY = (8, 0)  # before it tl.dot of two-byte types falls back on slow scalar code
+
+
+@functools.cache
+def missing() -> str:
+    """Why this backend cannot serve here, or an empty string."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with torch for CUDA on Linux"
+    if INTERPRET:
+        return ""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        return f"the GPU has compute capability {'.'.join(map(str, capability))}, and 8.0 is the least"
+    return ""

@@ -1,0 +1,231 @@
+"""Kernels over the rows of one side: packed before the products, and their gradients finished after them.
+
+A packed row is the row times a power of two that brings its largest value near one: an exact step, after which no
+product of two rows overflows, whatever the lengths were. With `factor` f the unit row is f times the packed one, so
+
+    A_ij = <packed_i, packed_j> f_i f_j / temperature
+
+and rows as they are (normalize=False) are packed with all factors 1. Packed rows lie without gaps, padded with zeros.
+
+Bytes: a row read once from memory, written once. FLOPs: 4 an element.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lfcc_kernels.backends.eager import accumulator
+from lfcc_kernels.backends.triton import runtime
+from lfcc_kernels.backends.triton.tiles import tiles
+
+EPS = tl.constexpr(1e-12)  # the least norm, as in torch.nn.functional.normalize
+
+
+@triton.jit
+def _power_of_two(value):
+    """The largest power of two up to `value`, between 2^-100 and 2^100 (2^-900 and 2^900 of float64)."""
+    if value.dtype == tl.float64:
+        bits = value.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        return tl.minimum(tl.maximum(bits.to(tl.float64, bitcast=True), 2.0**-900), 2.0**900)
+    bits = value.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True), 2.0**-100), 2.0**100)
+
+
+@triton.jit
+def pack_kernel(
+    student, teacher, temperature, packed_student, packed_teacher, factors, inverse_lengths, tangents,
+    inverse_temperature, batch, key_count, width, student_row, student_column, teacher_row, teacher_column,
+    NORMALIZE: tl.constexpr, BY_VALUE: tl.constexpr, PADDED: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_B rows of the student, then of the teacher; the numbers a row are stored in that order.
+
+    factors: f. inverse_lengths: 1 / max(norm, EPS). tangents: f where the gradient of a unit row must lose its part
+    along the row, 0 where the norm is at its least or rows stay as they are. inverse_temperature: one number, NaN
+    for a temperature in device memory that is not positive and finite, since no host reads it.
+    """
+    if tl.program_id(0) == 0:
+        value = tl.full((), temperature, SUM) if BY_VALUE else tl.load(temperature).to(SUM)
+        valid = (value > 0) & (value < float("inf"))
+        tl.store(inverse_temperature, tl.where(valid, 1.0 / value, float("nan")))
+    blocks = tl.cdiv(batch, BLOCK_B)
+    of_teacher = tl.program_id(0) >= blocks
+    row = (tl.program_id(0) - tl.where(of_teacher, blocks, 0)) * BLOCK_B + tl.arange(0, BLOCK_B)
+    count = tl.where(of_teacher, key_count, batch)
+    inside = row < count
+    stride_row = tl.where(of_teacher, teacher_row, student_row).to(tl.int64)
+    stride_column = tl.where(of_teacher, teacher_column, student_column).to(tl.int64)
+    source = tl.where(of_teacher, teacher, student) + row[:, None].to(tl.int64) * stride_row
+    target = tl.where(of_teacher, packed_teacher, packed_student) + row[:, None].to(tl.int64) * PADDED
+    step = tl.arange(0, BLOCK_D)
+
+    scale = tl.full((BLOCK_B,), 1.0, SUM)
+    if NORMALIZE:
+        largest = tl.zeros((BLOCK_B,), SUM)
+        for d0 in tl.range(0, width, BLOCK_D):
+            mask = inside[:, None] & (d0 + step < width)[None, :]
+            values = tl.load(source + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
+            largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
+        scale = 1.0 / _power_of_two(largest)
+    squares = tl.zeros((BLOCK_B,), SUM)
+    for d0 in tl.range(0, PADDED, BLOCK_D):
+        mask = inside[:, None] & (d0 + step < width)[None, :]
+        values = tl.load(source + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM) * scale[:, None]
+        squares += tl.sum(values * values, 1)
+        tl.store(
+            target + (d0 + step)[None, :],
+            values.to(packed_student.dtype.element_ty),
+            mask=inside[:, None] & (d0 + step < PADDED)[None, :],
+        )
+    factor, inverse_length, tangent = scale, scale, scale * 0
+    if NORMALIZE:
+        norm = tl.sqrt(squares)
+        factor = 1.0 / tl.maximum(norm, scale * EPS, propagate_nan=tl.PropagateNan.ALL)
+        inverse_length = factor * scale
+        tangent = tl.where(norm > scale * EPS, factor, 0.0)
+    place = tl.where(of_teacher, batch, 0) + row
+    tl.store(factors + place, factor, mask=inside)
+    tl.store(inverse_lengths + place, inverse_length, mask=inside)
+    tl.store(tangents + place, tangent, mask=inside)
+
+
+@triton.jit
+def finish_kernel(
+    sums, packed, inverse_lengths, tangents, inverse_temperature, magnitude, result, rows, width,
+    PADDED: tl.constexpr, GAIN: tl.constexpr, RELATIVE: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradient of rows as they came, from sums_i = GAIN / magnitude sum_j W_ij f_j packed_j: through 1 / temperature
+    and through the norm, whose gradient takes off the part along the row."""
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside, step = row < rows, tl.arange(0, BLOCK_D)
+    offset = row[:, None].to(tl.int64) * PADDED
+    from_sums, from_packed = sums + offset, packed + offset
+    tangent = tl.load(tangents + row, mask=inside, other=0.0)
+    along = tl.zeros((BLOCK_B,), SUM)
+    for d0 in tl.range(0, width, BLOCK_D):
+        mask = inside[:, None] & (d0 + step < width)[None, :]
+        total = tl.load(from_sums + (d0 + step)[None, :], mask=mask, other=0.0)
+        along += tl.sum(total * tl.load(from_packed + (d0 + step)[None, :], mask=mask, other=0.0).to(SUM), 1)
+    outer = tl.load(inverse_lengths + row, mask=inside, other=0.0) * tl.load(inverse_temperature) / GAIN
+    if RELATIVE:
+        outer *= tl.load(magnitude)
+    for d0 in tl.range(0, width, BLOCK_D):
+        mask = inside[:, None] & (d0 + step < width)[None, :]
+        total = tl.load(from_sums + (d0 + step)[None, :], mask=mask, other=0.0)
+        unit = tangent[:, None] * tl.load(from_packed + (d0 + step)[None, :], mask=mask, other=0.0).to(SUM)
+        value = outer[:, None] * (total - (along * tangent)[:, None] * unit)
+        place = result + row[:, None].to(tl.int64) * width + (d0 + step)[None, :]
+        tl.store(place, value.to(result.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both sides packed, and what else the kernels of a pair read."""
+
+    student: Tensor  # (B, padded)
+    teacher: Tensor  # (K, padded)
+    width: int
+    factors: Tensor  # (B + K,), and so the next two
+    inverse_lengths: Tensor
+    tangents: Tensor
+    inverse_temperature: Tensor  # (1,)
+    student_ids: Tensor | None
+    teacher_ids: Tensor | None
+    positive_offset: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.student)
+
+    @property
+    def keys(self) -> int:
+        return len(self.teacher)
+
+    @property
+    def side_factors(self) -> tuple[Tensor, Tensor]:
+        return self.factors[: self.batch], self.factors[self.batch :]
+
+    @property
+    def has_ids(self) -> bool:
+        return self.student_ids is not None
+
+    @property
+    def ids(self) -> tuple[Tensor, Tensor]:
+        """The ids of both sides, or where there are none any tensors, which are not read."""
+        if self.student_ids is None or self.teacher_ids is None:
+            return self.factors, self.factors
+        return self.student_ids, self.teacher_ids
+
+    @property
+    def total(self) -> torch.dtype:
+        """The type sums are taken in."""
+        return self.factors.dtype
+
+    @property
+    def gain(self) -> float:
+        """Factor that keeps weights, at most 1 in size, inside the range of float16."""
+        return 2.0**15 if self.student.dtype == torch.float16 else 1.0
+
+    def numbers(self, *shape: int) -> Tensor:
+        """An empty tensor of the type sums are taken in."""
+        return self.factors.new_empty(shape)
+
+    def tiles(self, kernel: str) -> dict[str, int]:
+        architecture = runtime.chip(self.student.device).capability
+        return tiles(kernel, str(self.student.element_size()), architecture)
+
+
+def pack(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    positive_offset: int,
+    normalize: bool,
+    padded: int,
+) -> Pair:
+    """Pack both sides' rows, of `padded` values each, in one launch."""
+    batch, width = student.shape
+    keys, total = len(teacher), accumulator(student.dtype)
+    packed = student.new_empty(batch + keys, padded)
+    numbers = student.new_empty(3, batch + keys, dtype=total)
+    inverse_temperature = numbers.new_empty(1)
+    given = _temperature(temperature, numbers)
+    block = tiles("pack", str(student.element_size()), runtime.chip(student.device).capability)
+    pack_kernel[(triton.cdiv(batch, block["BLOCK_B"]) + triton.cdiv(keys, block["BLOCK_B"]),)](
+        student, teacher, given, packed, packed[batch:], *numbers, inverse_temperature, batch, keys, width,
+        *student.stride(), *teacher.stride(), NORMALIZE=normalize, BY_VALUE=isinstance(given, float), PADDED=padded,
+        SUM=runtime.in_triton(total), **block,
+    )  # fmt: skip
+    ids = (None if ids is None else ids.contiguous() for ids in (student_ids, teacher_ids))
+    return Pair(packed[:batch], packed[batch:], width, *numbers, inverse_temperature, *ids, positive_offset)
+
+
+def finish(pair: Pair, sums: Tensor, of_teacher: bool, magnitude: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Gradient of one side's rows as they came, (rows, D), from the sums that `finish_kernel` takes."""
+    packed = pair.teacher if of_teacher else pair.student
+    own = slice(pair.batch, None) if of_teacher else slice(pair.batch)
+    result = sums.new_empty(len(sums), pair.width, dtype=dtype)
+    block = pair.tiles("finish")
+    finish_kernel[(triton.cdiv(len(sums), block["BLOCK_B"]),)](
+        sums, packed, pair.inverse_lengths[own], pair.tangents[own], pair.inverse_temperature,
+        sums if magnitude is None else magnitude, result, len(sums), pair.width, PADDED=packed.shape[1],
+        GAIN=pair.gain, RELATIVE=magnitude is not None, SUM=runtime.in_triton(pair.total), **block,
+    )  # fmt: skip
+    return result
+
+
+def _temperature(temperature: Tensor, numbers: Tensor) -> Tensor | float:
+    """As the kernel takes it: by value from the CPU, so that nothing waits for a copy, else where it lies."""
+    if temperature.device.type != "cpu":
+        return temperature
+    value = temperature.item()
+    if not 0 < value < float("inf"):
+        raise ValueError(f"info_nce: temperature is {value}; expected a positive finite number, as 0.1")
+    # Triton takes numbers as float32.
+    return numbers.new_full((), value) if numbers.dtype == torch.float64 else value

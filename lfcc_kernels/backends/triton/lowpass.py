@@ -1,0 +1,224 @@
+"""Launches the kernels of `lowpass_kernels.py`; arguments are those of the ops in `lfcc_kernels/ops/lowpass.py`."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lfcc_kernels.backends.eager import accumulator
+from lfcc_kernels.backends.triton import lowpass_kernels as kernels
+from lfcc_kernels.backends.triton import runtime
+from lfcc_kernels.backends.triton import tiles as tiling
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A map (B, C, H, W), or tokens seen as one, with strides in elements."""
+
+    data: Tensor
+    batch: int
+    channels: int
+    height: int
+    width: int
+    strides: tuple[int, int, int, int]  # of images, channels, rows and columns
+
+    @classmethod
+    def of(cls, x: Tensor, grid: list[int], prefix_tokens: int) -> "_Map":
+        if x.dim() == 4:
+            return cls(x, *x.shape, x.stride())
+        batch, _tokens, channels = x.shape
+        of_image, of_token, of_channel = x.stride()
+        strides = of_image, of_channel, grid[1] * of_token, of_token
+        return cls(x[:, prefix_tokens:], batch, channels, *grid, strides)
+
+    @property
+    def size(self) -> int:
+        return self.height * self.width
+
+    def blocks(self, tiles: dict[str, int]) -> int:
+        """Blocks of channels of all images."""
+        return self.batch * triton.cdiv(self.channels, tiles["BLOCK_C"])
+
+    @property
+    def steps(self) -> tuple[int, int, bool]:
+        """Strides of rows and of columns, and whether positions lie at equal distances all through the map."""
+        along_rows, along_cols = self.strides[2:]
+        if self.width == 1:
+            along_cols = along_rows
+        return along_rows, along_cols, self.height == 1 or along_rows == self.width * along_cols
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """M of `lowpass_kernels.py` for one map size, as `pieces` matrices that sum to it."""
+
+    data: Tensor  # (pieces, H * W, cells rounded up to a tile)
+    pieces: int
+
+    @property
+    def columns(self) -> int:
+        return self.data.shape[2]
+
+
+def lowpass(
+    x: Tensor,
+    scales: list[int],
+    row_filters: Tensor | None,
+    col_filters: Tensor | None,
+    grid: list[int],
+    prefix_tokens: int,
+) -> Tensor:
+    """The pyramid (B, cells, C) in x's dtype."""
+    source, cells = _Map.of(x, grid, prefix_tokens), sum(s * s for s in scales)
+    y = x.new_empty(source.batch, cells, source.channels)
+    with runtime.on_device(x):
+        weights = _weights(source, scales, row_filters, col_filters, mean=False)
+        product = weights.data.dtype
+        tiles = _tiles("lowpass", source)
+        along_rows, along_cols, flat = source.steps
+        block_n = _block_n(weights.columns)
+        kernels.forward_kernel[(source.blocks(tiles), weights.columns // block_n)](
+            source.data, weights.data, y, source.channels, *source.strides[:2], along_rows, along_cols,
+            SCALES=tuple(scales), HEIGHT=source.height, WIDTH=source.width, CELLS=cells, N=weights.columns,
+            PIECES=weights.pieces, AVERAGE=row_filters is None, FLAT=flat, PRODUCT=runtime.in_triton(product),
+            PRECISION=runtime.precision(product), SUM=runtime.in_triton(accumulator(x.dtype)),
+            BLOCK_N=block_n, **tiles,
+        )  # fmt: skip
+    return y
+
+
+def lowpass_input_grad(
+    grad: Tensor,
+    size: list[int],
+    channels_last: bool,
+    scales: list[int],
+    row_filters: Tensor | None,
+    col_filters: Tensor | None,
+    grid: list[int],
+    prefix_tokens: int,
+) -> Tensor:
+    """dX of the given size, contiguous or channels_last."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    grad_x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    target, grad = _Map.of(grad_x, grid, prefix_tokens), grad.contiguous()
+    if prefix_tokens:
+        grad_x[:, :prefix_tokens] = 0
+    with runtime.on_device(grad):
+        weights = _weights(target, scales, row_filters, col_filters, mean=True)
+        product = weights.data.dtype
+        tiles = _tiles("lowpass_input_grad", target)
+        images, blocks_k = target.blocks(tiles), triton.cdiv(target.size, tiles["BLOCK_K"])
+        # Enough programs for every multiprocessor; more would only read dY again.
+        splits = min(blocks_k, triton.cdiv(4 * runtime.chip(grad.device).multiprocessors, images))
+        along_rows, along_cols, flat = target.steps
+        kernels.input_grad_kernel[(images, splits)](
+            grad, weights.data, target.data, target.channels, *target.strides[:2], along_rows, along_cols,
+            WIDTH=target.width, SIZE=target.size, CELLS=grad.shape[1], N=weights.columns, PIECES=weights.pieces,
+            FLAT=flat, PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product),
+            SUM=runtime.in_triton(accumulator(grad.dtype)), BLOCK_N=_block_n(weights.columns),
+            STEPS=triton.cdiv(blocks_k, splits), **tiles,
+        )  # fmt: skip
+    return grad_x
+
+
+def lowpass_filter_grad(
+    grad: Tensor,
+    x: Tensor,
+    scales: list[int],
+    row_filters: Tensor,
+    col_filters: Tensor,
+    grid: list[int],
+    prefix_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """dR and dK, in the shapes of the filters."""
+    source, grad = _Map.of(x, grid, prefix_tokens), grad.contiguous()
+    grads = row_filters.new_empty(row_filters.shape), col_filters.new_empty(col_filters.shape)
+    product, total = runtime.raised(x.dtype), accumulator(x.dtype)
+    columns = _columns(grad.shape[1])
+    block_n = _block_n(columns)
+    tiles = _tiles("lowpass_filter_grad", source)
+    along_rows, along_cols, flat = source.steps
+    with runtime.on_device(x):
+        blocks, blocks_k = source.blocks(tiles), triton.cdiv(source.size, tiles["BLOCK_K"])
+        parts = min(blocks, triton.cdiv(2 * runtime.chip(x.device).multiprocessors, blocks_k))
+        of_weights = grad.new_empty(parts, columns, source.size, dtype=total)
+        kernels.weights_grad_kernel[(blocks_k, parts, columns // block_n)](
+            grad, source.data, of_weights, source.batch, source.channels, *source.strides[:2], along_rows, along_cols,
+            WIDTH=source.width, SIZE=source.size, CELLS=grad.shape[1], N=columns, FLAT=flat,
+            PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product), SUM=runtime.in_triton(total),
+            BLOCK_N=block_n, **tiles,
+        )  # fmt: skip
+        kernels.filter_grads_kernel[(sum(scales),)](
+            of_weights.sum(0), row_filters.contiguous(), col_filters.contiguous(), *grads,
+            SCALES=tuple(scales), HEIGHT=source.height, WIDTH=source.width, SUM=runtime.in_triton(total),
+            BLOCK_H=16, BLOCK_W=triton.next_power_of_2(source.width),
+        )  # fmt: skip
+    return grads
+
+
+def _tiles(kernel: str, source: _Map) -> dict[str, int]:
+    """Tiles no larger than the map, and no smaller than tl.dot takes."""
+    architecture = runtime.chip(source.data.device).capability
+    tiles = tiling.tiles(kernel, str(source.data.element_size()), architecture)
+    sizes = {"BLOCK_C": source.channels, "BLOCK_K": source.size}
+    return tiles | {name: max(16, min(tiles[name], triton.next_power_of_2(sizes[name]))) for name in sizes}
+
+
+def _block_n(columns: int) -> int:
+    return min(columns, 64)
+
+
+def _columns(cells: int) -> int:
+    return max(16, triton.next_power_of_2(cells))
+
+
+def _weights(
+    source: _Map, scales: list[int], row_filters: Tensor | None, col_filters: Tensor | None, mean: bool
+) -> _Weights:
+    """M of these filters; the average's windows of ones, divided by their size if `mean`."""
+    shape, dtype = (source.height, source.width), source.data.dtype
+    exact = row_filters is None and not mean
+    # Weights with digits are one matrix of float32, or two of bfloat16, whose range is the same; float16's is not.
+    if dtype == torch.float16 and not exact:
+        dtype = torch.float32
+    dtype = runtime.raised(dtype)
+    pieces = 2 if dtype == torch.bfloat16 and not exact else 1
+    if row_filters is not None and col_filters is not None:
+        return _make_weights(shape, tuple(scales), dtype, pieces, source.data.device, mean, row_filters, col_filters)
+    # What a graph under capture writes is there only once the graph has run, so it is not kept.
+    arguments = shape, tuple(scales), dtype, pieces, source.data.device, mean
+    if runtime.capturing():
+        return _make_weights(*arguments)
+    return _kept_weights(runtime.stream(source.data), *arguments)
+
+
+def _make_weights(
+    shape: tuple[int, int],
+    scales: tuple[int, ...],
+    dtype: torch.dtype,
+    pieces: int,
+    device: torch.device,
+    mean: bool,
+    row_filters: Tensor | None = None,
+    col_filters: Tensor | None = None,
+) -> _Weights:
+    height, width = shape
+    columns = _columns(sum(s * s for s in scales))
+    data = torch.empty(pieces, height * width, columns, dtype=dtype, device=device)
+    filtered = row_filters is not None and col_filters is not None
+    block_n = _block_n(columns)
+    block_k = tiling.tiles("weights", "any", runtime.chip(device).capability)["BLOCK_K"]
+    kernels.weights_kernel[(triton.cdiv(height * width, block_k), columns // block_n)](
+        row_filters.contiguous() if filtered else data, col_filters.contiguous() if filtered else data, data,
+        SCALES=scales, HEIGHT=height, WIDTH=width, N=columns, PIECES=pieces, FILTERED=filtered, MEAN=mean,
+        SUM=runtime.in_triton(accumulator(dtype)), BLOCK_K=block_k, BLOCK_N=block_n,
+    )  # fmt: skip
+    return _Weights(data, pieces)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_weights(_stream: int, *arguments) -> _Weights:
+    """Made once a stream, since another one would have to wait for it."""
+    return _make_weights(*arguments)

@@ -1,0 +1,237 @@
+"""The low-pass pyramid as skinny matrix products, one read of the map for all scales.
+
+With k = (h, w) a position, n = (s, i, j) a cell and M[k, n] = R_s[i, h] K_s[j, w]:
+
+    forward       Y[b, n, c]  = sum_k X[b, c, k] M[k, n]        reads X once
+    input grad    dX[b, c, k] = sum_n dY[b, n, c] M[k, n]       writes dX once: a gather, no atomics
+    filter grad   dM[n, k]    = sum_bc dY[b, n, c] X[b, c, k]   reads X once more; dR, dK follow from dM
+
+M is small (H W x 32) and lives in L2. It is one to two matrices of the products' type that sum to the exact
+weights, so tensor cores lose nothing; the average keeps windows of ones and multiplies by 1/|window| at the end,
+which leaves constant maps exact.
+
+Tiles are (channels of an image) x (positions). Strides are free: where positions (NCHW) or channels (channels-last,
+tokens) lie next to each other, accesses along them are 16 bytes wide.
+
+Bytes: X + Y forward, dX + dY backward, and M from L2 once a tile of channels: 64 / (2 BLOCK_C) of X's at two bytes.
+FLOPs: 64 an element of X and piece of M, which tensor cores do in a fraction of the time the bytes take.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _cells(cell, SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Of each cell: its rows in the stacked filters, and its window's bounds, empty past the last cell."""
+    row_filter, col_filter = cell * 0, cell * 0
+    top, bottom, left, right = cell * 0, cell * 0, cell * 0, cell * 0
+    first, filters = 0, 0
+    for n in tl.static_range(len(SCALES)):
+        scale: tl.constexpr = SCALES[n]
+        here = (cell >= first) & (cell < first + scale * scale)
+        i, j = (cell - first) // scale, (cell - first) % scale
+        row_filter, col_filter = tl.where(here, filters + i, row_filter), tl.where(here, filters + j, col_filter)
+        top = tl.where(here, i * HEIGHT // scale, top)
+        bottom = tl.where(here, ((i + 1) * HEIGHT + scale - 1) // scale, bottom)
+        left = tl.where(here, j * WIDTH // scale, left)
+        right = tl.where(here, ((j + 1) * WIDTH + scale - 1) // scale, right)
+        first, filters = first + scale * scale, filters + scale
+    return row_filter, col_filter, top, bottom, left, right
+
+
+@triton.jit
+def _areas(top, bottom, left, right, SUM: tl.constexpr):
+    """Positions in each window, 1 past the last cell."""
+    return tl.maximum((bottom - top) * (right - left), 1).to(SUM)
+
+
+@triton.jit
+def _divide(numerator, denominator):
+    """Rounded to nearest; Triton's own division of float32 is two units off."""
+    if numerator.dtype == tl.float64:
+        return numerator / denominator
+    return tl.div_rn(numerator, denominator)
+
+
+@triton.jit
+def _positions(k, stride_h, stride_w, WIDTH: tl.constexpr, FLAT: tl.constexpr):
+    """Offsets of positions inside a channel's map; FLAT where rows follow each other without a gap."""
+    if FLAT:
+        return k * stride_w
+    return (k // WIDTH) * stride_h + (k % WIDTH) * stride_w
+
+
+@triton.jit
+def weights_kernel(
+    row_filters, col_filters, weights,
+    SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr,
+    FILTERED: tl.constexpr, MEAN: tl.constexpr, SUM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """M as PIECES matrices (HEIGHT * WIDTH, N) that sum to it; the average's windows, divided by their size if MEAN."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    cell = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = k < HEIGHT * WIDTH
+    row_filter, col_filter, top, bottom, left, right = _cells(cell, SCALES, HEIGHT, WIDTH)
+    h, w = (k // WIDTH)[:, None], (k % WIDTH)[:, None]
+    if FILTERED:
+        mask = inside[:, None] & (bottom > top)[None, :]
+        along_rows = tl.load(row_filters + row_filter[None, :] * HEIGHT + h, mask=mask, other=0.0)
+        along_cols = tl.load(col_filters + col_filter[None, :] * WIDTH + w, mask=mask, other=0.0)
+        value = along_rows * along_cols
+    else:
+        covered = (h >= top[None, :]) & (h < bottom[None, :]) & (w >= left[None, :]) & (w < right[None, :])
+        value = tl.where(covered, 1.0, 0.0).to(SUM)
+        if MEAN:
+            value = _divide(value, _areas(top, bottom, left, right, SUM)[None, :])
+    for n in tl.static_range(PIECES):
+        piece = value.to(weights.dtype.element_ty)
+        place = n * HEIGHT * WIDTH * N + k[:, None] * N + cell[None, :]
+        tl.store(weights + place, piece, mask=inside[:, None])
+        value -= piece.to(value.dtype)
+
+
+@triton.jit
+def forward_kernel(
+    x, weights, y, channels, stride_b, stride_c, stride_h, stride_w,
+    SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr,
+    PIECES: tl.constexpr, AVERAGE: tl.constexpr, FLAT: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of one image, all its positions, BLOCK_N cells: all of them where scales are few."""
+    COMPENSATED: tl.constexpr = x.dtype.element_ty.primitive_bitwidth >= 32
+    SIZE: tl.constexpr = HEIGHT * WIDTH
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    image = (tl.program_id(0) // blocks_c).to(tl.int64)
+    c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cell, step = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    maps = x + image * stride_b + c[:, None].to(tl.int64) * stride_c
+    sums = tl.zeros((BLOCK_C, BLOCK_N), SUM)
+    lost = tl.zeros((BLOCK_C, BLOCK_N), SUM)
+    for k0 in tl.range(0, SIZE, BLOCK_K):
+        k = k0 + step
+        mask = (c < channels)[:, None] & (k < SIZE)[None, :]
+        tile = tl.load(maps + _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :], mask=mask, other=0.0)
+        # Four-byte results show the rounding of a sum of thousands, so theirs is taken with compensation (Kahan).
+        part = tl.zeros((BLOCK_C, BLOCK_N), SUM) if COMPENSATED else sums
+        for n in tl.static_range(PIECES):
+            place = weights + n * SIZE * N + k[:, None] * N + cell[None, :]
+            piece = tl.load(place, mask=(k < SIZE)[:, None], other=0.0)
+            part = tl.dot(tile.to(PRODUCT), piece, part, input_precision=PRECISION, out_dtype=SUM)
+        if COMPENSATED:
+            part -= lost
+            total = sums + part
+            lost = (total - sums) - part
+            sums = total
+        else:
+            sums = part
+
+    if AVERAGE:
+        # NaN or infinity in a map times the zero weight of a window outside it is NaN: sum such maps by windows.
+        if tl.max(tl.where(tl.abs(sums) < float("inf"), 0, 1)) > 0:
+            for n in tl.range(tl.program_id(1) * BLOCK_N, tl.minimum(CELLS, (tl.program_id(1) + 1) * BLOCK_N)):
+                column = tl.zeros((BLOCK_C,), SUM)
+                for k0 in tl.range(0, SIZE, BLOCK_K):
+                    k = k0 + step
+                    mask = (c < channels)[:, None] & (k < SIZE)[None, :]
+                    offset = _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :]
+                    tile = tl.load(maps + offset, mask=mask, other=0.0).to(SUM)
+                    weight = tl.load(weights + k * N + n, mask=k < SIZE, other=0.0)
+                    column += tl.sum(tl.where(weight[None, :] != 0, tile, 0.0), 1)
+                sums = tl.where((cell == n)[None, :], column[:, None], sums)
+        _row, _col, top, bottom, left, right = _cells(cell, SCALES, HEIGHT, WIDTH)
+        sums = _divide(sums, _areas(top, bottom, left, right, SUM)[None, :])
+
+    place = y + image * CELLS * channels + cell[None, :] * channels + c[:, None]
+    tl.store(place, sums.to(y.dtype.element_ty), mask=(c < channels)[:, None] & (cell < CELLS)[None, :])
+
+
+@triton.jit
+def input_grad_kernel(
+    grad, weights, grad_x, channels, stride_b, stride_c, stride_h, stride_w,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr,
+    FLAT: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of one image, STEPS blocks of positions; dY's tile is read once if cells are few."""
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    image = (tl.program_id(0) // blocks_c).to(tl.int64)
+    c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cell = tl.arange(0, BLOCK_N)
+    place = grad + image * CELLS * channels + cell[None, :] * channels + c[:, None]
+    mask = (c < channels)[:, None] & (cell < CELLS)[None, :]
+    upstream = tl.load(place, mask=mask, other=0.0).to(PRODUCT)
+    maps = grad_x + image * stride_b + c[:, None].to(tl.int64) * stride_c
+    for block in tl.range(0, STEPS):
+        k = (tl.program_id(1) * STEPS + block) * BLOCK_K + tl.arange(0, BLOCK_K)
+        tile = tl.zeros((BLOCK_C, BLOCK_K), SUM)
+        for n0 in tl.static_range(0, N, BLOCK_N):
+            if N > BLOCK_N:
+                mask = (c < channels)[:, None] & (n0 + cell < CELLS)[None, :]
+                upstream = tl.load(place + n0 * channels, mask=mask, other=0.0).to(PRODUCT)
+            for n in tl.static_range(PIECES):
+                from_weights = weights + n * SIZE * N + k[None, :] * N + n0 + cell[:, None]
+                piece = tl.load(from_weights, mask=(k < SIZE)[None, :], other=0.0)
+                tile = tl.dot(upstream, piece, tile, input_precision=PRECISION, out_dtype=SUM)
+        offset = _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :]
+        mask = (c < channels)[:, None] & (k < SIZE)[None, :]
+        tl.store(maps + offset, tile.to(grad_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weights_grad_kernel(
+    grad, x, parts, batch, channels, stride_b, stride_c, stride_h, stride_w,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of dM, summed over every so many-th (image, block of channels)."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    cell = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offset = _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :]
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    sums = tl.zeros((BLOCK_N, BLOCK_K), SUM)
+    for block in tl.range(tl.program_id(1), batch * blocks_c, tl.num_programs(1)):
+        image = (block // blocks_c).to(tl.int64)
+        c = (block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+        place = grad + image * CELLS * channels + cell[:, None] * channels + c[None, :]
+        mask = (cell < CELLS)[:, None] & (c < channels)[None, :]
+        upstream = tl.load(place, mask=mask, other=0.0).to(PRODUCT)
+        maps = x + image * stride_b + c[:, None].to(tl.int64) * stride_c
+        mask = (c < channels)[:, None] & (k < SIZE)[None, :]
+        tile = tl.load(maps + offset, mask=mask, other=0.0).to(PRODUCT)
+        sums = tl.dot(upstream, tile, sums, input_precision=PRECISION, out_dtype=SUM)
+    place = parts + tl.program_id(1).to(tl.int64) * N * SIZE + cell[:, None] * SIZE + k[None, :]
+    tl.store(place, sums, mask=(k < SIZE)[None, :])
+
+
+@triton.jit
+def filter_grads_kernel(
+    weights_grad, row_filters, col_filters, grad_rows, grad_cols,
+    SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """dR[i, h] = sum_jw dM[(i, j), h, w] K[j, w] and dK[j, w] = sum_ih dM[(i, j), h, w] R[i, h], one row a program."""
+    row = tl.program_id(0)
+    w = tl.arange(0, BLOCK_W)
+    first, filters = 0, 0
+    for n in tl.static_range(len(SCALES)):
+        scale: tl.constexpr = SCALES[n]
+        if (row >= filters) & (row < filters + scale):
+            own = row - filters
+            of_col = tl.zeros((BLOCK_W,), SUM)
+            for h0 in tl.range(0, HEIGHT, BLOCK_H):
+                h = h0 + tl.arange(0, BLOCK_H)
+                mask = (h < HEIGHT)[:, None] & (w < WIDTH)[None, :]
+                of_row = tl.zeros((BLOCK_H,), SUM)
+                for other in tl.static_range(scale):
+                    place = h[:, None] * WIDTH + w[None, :]
+                    as_row = weights_grad + (first + own * scale + other) * HEIGHT * WIDTH + place
+                    along_cols = tl.load(col_filters + (filters + other) * WIDTH + w, mask=w < WIDTH, other=0.0)
+                    of_row += tl.sum(tl.load(as_row, mask=mask, other=0.0) * along_cols[None, :], 1)
+                    as_col = weights_grad + (first + other * scale + own) * HEIGHT * WIDTH + place
+                    along_rows = tl.load(row_filters + (filters + other) * HEIGHT + h, mask=h < HEIGHT, other=0.0)
+                    of_col += tl.sum(tl.load(as_col, mask=mask, other=0.0) * along_rows[:, None], 0)
+                tl.store(grad_rows + row * HEIGHT + h, of_row, mask=h < HEIGHT)
+            tl.store(grad_cols + row * WIDTH + w, of_col, mask=w < WIDTH)
+        first, filters = first + scale * scale, filters + scale

@@ -1,0 +1,62 @@
+"""What both ops' launchers share: the chip they run on, and the types in which products and sums are taken."""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lfcc_kernels.backends.triton import INTERPRET
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the choice of tiles depends on."""
+
+    capability: int  # 90 for compute capability 9.0; 0 in the interpreter
+    multiprocessors: int
+    l2_bytes: int
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    if INTERPRET:
+        return Chip(0, 1, 1 << 20)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(10 * properties.major + properties.minor, properties.multi_processor_count, properties.L2_cache_size)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return nullcontext() if INTERPRET else torch.cuda.device(tensor.device)
+
+
+def capturing() -> bool:
+    """Whether launches are being recorded into a CUDA graph, so that nothing they write is there yet."""
+    return not INTERPRET and torch.cuda.is_current_stream_capturing()
+
+
+def stream(tensor: Tensor) -> int:
+    """The stream that launches go to."""
+    return 0 if INTERPRET else torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def raised(dtype: torch.dtype) -> torch.dtype:
+    """The type in which elements of `dtype` are multiplied.
+
+    The interpreter keeps bfloat16 as bit patterns and would compute with those, so there two bytes become four.
+    """
+    return torch.float32 if INTERPRET and dtype != torch.float64 else dtype
+
+
+def in_triton(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def precision(dtype: torch.dtype, allow_tf32: bool = False) -> str:
+    """`input_precision` of tl.dot: three TF32 products keep nearly all digits of float32 on tensor cores."""
+    if INTERPRET or dtype != torch.float32:
+        return "ieee"
+    return "tf32" if allow_tf32 else "tf32x3"

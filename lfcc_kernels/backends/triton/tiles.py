@@ -1,0 +1,30 @@
+"""Block sizes, warps and pipeline stages by architecture, kernel and shape class, from the committed `tables/`.
+
+A table is {"architecture": 90, "source": where its numbers come from, "kernels": {KERNEL: {CLASS: {NAME: number}}}}.
+`lfcc bench --tune` writes the one of the GPU it runs on; nothing is tuned in a user's step.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+TABLES = Path(__file__).with_name("tables")
+
+
+def table_path(architecture: int) -> Path:
+    """The table of a compute capability, as 90; the interpreter's is 0."""
+    return TABLES / (f"sm_{architecture}.json" if architecture else "interpreter.json")
+
+
+@functools.cache
+def table(architecture: int) -> dict:
+    """The table for this architecture: its own, else that of the nearest older one."""
+    known = sorted(int(path.stem.removeprefix("sm_")) for path in TABLES.glob("sm_*.json"))
+    if architecture:
+        architecture = max((a for a in known if a <= architecture), default=known[0])
+    return json.loads(table_path(architecture).read_text())
+
+
+def tiles(kernel: str, shape_class: str, architecture: int) -> dict[str, int]:
+    """Keyword arguments of a launch of this kernel: BLOCK_... as upper bounds, num_warps, num_stages."""
+    return table(architecture)["kernels"][kernel][shape_class]
