@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMPS := $(VENV)/.lfcc
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench wheel check-wheel clean force
+.PHONY: help demo test lint bench gpu wheel check-wheel clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,16 @@ lint: $(STAMPS)/lint ## check the style
 
 bench: $(STAMPS)/bench ## measure the kernels against their peers
 	$(BIN)/python -m benchmarks
+
+# It takes the packages that PYTHON has and downloads nothing. What fails, or tests that take more than four minutes,
+# do not keep the rest from running.
+gpu: ## build, test and measure on an NVIDIA GPU with the packages of PYTHON: torch, ninja, pybind11, pytest
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"make gpu: torch {torch.__version__} of $(PYTHON) sees no NVIDIA GPU")'
+	@failed=; export PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH}; \
+	echo "== building"; $(PYTHON) setup.py --quiet build_ext --inplace || failed="$$failed build"; \
+	echo "== tests"; timeout -s INT -k 20 240 $(PYTHON) -m pytest -m gpu --tb=short tests || failed="$$failed tests"; \
+	echo "== benchmarks"; $(PYTHON) -m benchmarks --device cuda || failed="$$failed benchmarks"; \
+	if [ "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
 
 wheel: $(STAMPS)/torch ## build a wheel for every Python and torch 2.11 to 2.14 into dist/
 	@echo "== building the wheel"

@@ -8,7 +8,6 @@ import pytest
 from benchmarks import machine, record
 from benchmarks.cases import Case
 from benchmarks.harness import Contest
-from benchmarks.memory import peak_memory
 
 ROWS = pytest.StashKey[list[record.Row]]()
 ENVIRONMENT = pytest.StashKey[dict]()
@@ -20,15 +19,14 @@ def compete(benchmark, pytestconfig: pytest.Config) -> Callable[[Case], None]:
 
     def run(case: Case) -> None:
         contest = Contest(case)
-        if contest.ours.status != "ok":
-            pytestconfig.stash[ROWS].extend(contest.rows({}))
-            pytest.fail(f"ours {contest.ours.status}: {contest.ours.note}")
-        benchmark.pedantic(contest.run_ours, setup=contest.run_peers, rounds=contest.rounds)
+        if contest.ours.status == "ok":
+            benchmark.pedantic(contest.run_ours, setup=contest.run_peers, rounds=contest.rounds)
         # After the timing, so that torch.compile finds in its cache what was compiled for it.
-        peaks = peak_memory(case) if case.memory and machine.heap() == "default" else {}
-        rows = contest.rows(peaks)
+        rows = contest.rows(contest.peaks())
         benchmark.extra_info.update({row.candidate: asdict(row) for row in rows})
         pytestconfig.stash[ROWS].extend(rows)
+        if contest.ours.status != "ok":
+            pytest.fail(f"ours {contest.ours.status}: {contest.ours.note}")
 
     return run
 
@@ -38,9 +36,10 @@ def weigh(pytestconfig: pytest.Config) -> Callable[[Case], None]:
     """Check the candidates of a case and measure their memory, but take no times."""
 
     def run(case: Case) -> None:
-        if machine.heap() != "default":
+        if machine.HERE.run == "kept":
             pytest.skip("a kept heap hides the memory that a call takes")
-        pytestconfig.stash[ROWS].extend(Contest(case).rows(peak_memory(case)))
+        contest = Contest(case)
+        pytestconfig.stash[ROWS].extend(contest.rows(contest.peaks()))
 
     return run
 
@@ -50,12 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[ENVIRONMENT] = machine.environment()  # the load average is the one before the run
+    session.config.stash[ENVIRONMENT] = machine.HERE.environment()  # the load average is the one before the run
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     rows = session.config.stash[ROWS]
     if rows:
         path = record.default_path()
-        record.save(path, machine.heap(), session.config.stash[ENVIRONMENT], rows)
+        record.save(path, machine.HERE.run, session.config.stash[ENVIRONMENT], rows)
         session.config.get_terminal_writer().line(f"\nresults: {path}")

@@ -5,27 +5,42 @@ from dataclasses import dataclass
 
 from benchmarks.record import Row
 
-Rows = Mapping[tuple[str, str], Row]  # by case and candidate, under one heap
+Rows = Mapping[tuple[str, str], Row]  # by case and candidate, under one heap or on a GPU
 
 HEAPS = ("default", "kept")
+GPU = ("cuda",)
 LOWPASS = "lowpass-nchw-32x256x56x56-float32"
 SMALL_INFO_NCE = tuple(
     f"info_nce-{case}-float32-{mode}"
     for mode in ("fwd", "fwd+bwd")
     for case in ("one-way-128x512", "one-way-256x512", "one-way-1024x512", "one-way-128x12288")
 )
+GPU_MAPS = (  # all of 50 MB and more
+    "nchw-256x256x56x56",
+    "nchw-256x512x28x28",
+    "nchw-256x1024x14x14",
+    "nchw-256x2048x7x7",
+    "channels_last-256x256x56x56",
+    "tokens-256x197x768",
+    "learnable-256x256x56x56",
+)
+SMALL_INFO_NCE_GPU = tuple(
+    f"info_nce-one-way-{shape}-bfloat16-{mode}"
+    for mode in ("fwd", "fwd+bwd")
+    for shape in ("2048x512", "2048x2048", "1024x512", "256x512", "256x12288")
+)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one figure under the given heaps. `measure` raises LookupError where it was not measured."""
+    """A bound on one figure in the given runs. `measure` raises LookupError where it was not measured."""
 
     what: str
     measure: Callable[[Rows], float]
     bound: float
     unit: str
     at_least: bool = True
-    heaps: tuple[str, ...] = HEAPS
+    runs: tuple[str, ...] = HEAPS
 
     def reached(self, measured: float) -> bool:
         return measured >= self.bound if self.at_least else measured <= self.bound
@@ -52,7 +67,7 @@ def _mebibytes(case: str) -> Callable[[Rows], float]:
 
 
 def _growth(small: str, large: str) -> Callable[[Rows], float]:
-    return lambda rows: _value(rows, large, "peak_memory_bytes") / _value(rows, small, "peak_memory_bytes")
+    return lambda rows: _value(rows, large, "peak_memory_bytes") / max(1, _value(rows, small, "peak_memory_bytes"))
 
 
 def _microseconds(case: str) -> Callable[[Rows], float]:
@@ -66,14 +81,14 @@ GOALS = (
         _speedup(f"{LOWPASS}-fwd+bwd"),
         5,
         "x",
-        heaps=("default",),
+        runs=("default",),
     ),
     Goal(
         "lowpass (32, 256, 56, 56), fwd+bwd, over eager",
         _speedup(f"{LOWPASS}-fwd+bwd"),
         10,
         "x",
-        heaps=("kept",),
+        runs=("kept",),
     ),
     Goal(
         "lowpass (32, 256, 56, 56), both modes, over one GEMM",
@@ -93,7 +108,7 @@ GOALS = (
                 32,
                 "MiB",
                 at_least=False,
-                heaps=("default",),
+                runs=("default",),
             ),
         )
     ),
@@ -105,7 +120,7 @@ GOALS = (
         2.2,
         "x",
         at_least=False,
-        heaps=("default",),
+        runs=("default", *GPU),
     ),
     Goal(
         "call of lowpass, fwd",
@@ -113,6 +128,42 @@ GOALS = (
         20,
         "us",
         at_least=False,
+        runs=(*HEAPS, *GPU),
     ),
-    Goal("call of info_nce, fwd", _microseconds("overhead-info_nce-2x8-float32-fwd"), 20, "us", at_least=False),
+    Goal(
+        "call of info_nce, fwd",
+        _microseconds("overhead-info_nce-2x8-float32-fwd"),
+        20,
+        "us",
+        at_least=False,
+        runs=(*HEAPS, *GPU),
+    ),
+    *(
+        Goal(
+            f"lowpass {layout}, {mode}, of the copy bandwidth",
+            _percent_of_floor(f"lowpass-{layout}-bfloat16-{mode}"),
+            85,
+            "%",
+            runs=GPU,
+        )
+        for mode in ("fwd", "fwd+bwd")
+        for layout in GPU_MAPS
+    ),
+    *(
+        Goal(
+            f"info_nce B = {batch}, D = {dim}, bfloat16, fwd+bwd, of the GEMM rate",
+            _percent_of_floor(f"info_nce-one-way-{batch}x{dim}-bfloat16-fwd+bwd"),
+            50,
+            "%",
+            runs=GPU,
+        )
+        for batch, dim in ((8192, 512), (8192, 1024), (8192, 2048), (16384, 512), (32768, 512))
+    ),
+    Goal(
+        "info_nce B <= 2048, one way, bfloat16, worst case, over dense torch",
+        _speedup(*SMALL_INFO_NCE_GPU),
+        1,
+        "x",
+        runs=GPU,
+    ),
 )

@@ -1,11 +1,12 @@
 """Takes the times: every candidate of a case is checked once, then all run in turn, round by round."""
 
-import gc
+import itertools
 import math
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,15 +14,6 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.cases import Candidate, Case
 from benchmarks.record import Row
-
-# A case gets as many rounds as fit in this time, within these bounds.
-SECONDS, ROUNDS = (0.0, (3, 3)) if machine.TINY else (1.5, (7, 50))
-
-# Results may deviate from the reference by this much of its largest value: rounding, not another formula.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-
-# Above this many bytes of inputs the reference is eager in the case's dtype; float64 would take gigabytes.
-FLOAT64_LIMIT = 256 << 20
 
 
 @dataclass
@@ -34,6 +26,8 @@ class Entry:
     note: str = ""
     error: float | None = None
     every: int = 1  # it runs once in so many rounds
+    head_start: float = 0.0  # seconds the host needs to enqueue a timing
+    replay: Callable[[], None] | None = None  # the calls of a timing at once, where the device has captured them
     seconds: list[float] = field(default_factory=list)  # of one call, round by round
     fractions: list[float] = field(default_factory=list)  # of the floor at the ceilings measured last, likewise
 
@@ -47,9 +41,12 @@ class Contest:
         self.case = case
         first = case.inputs()
         self._inputs = [first, *(case.inputs() for _ in range(_copies(case, first) - 1))]
-        self._turn = self._round = 0
+        self._turns = itertools.cycle(self._inputs)
+        self._captured = self._inputs * math.ceil(10 / len(self._inputs))  # inputs of the calls that one replay does
+        self._round = 0
         self._copy_gbps: list[float] = []
         self._gemm_gflops: list[float] = []
+        self._reference = torch.float64 if _bytes(first) <= machine.HERE.float64_limit else case.dtype
         self.entries = {name: Entry(call) for name, call in case.candidates.items()}
         self._check()
         self._plan()
@@ -58,12 +55,18 @@ class Contest:
     def ours(self) -> Entry:
         return self.entries["ours"]
 
+    def play(self) -> None:
+        """All rounds."""
+        for _ in range(self.rounds):
+            self.run_peers()
+            self.run_ours()
+
     def run_peers(self) -> None:
         """Run every peer whose turn it is, and in every round, or in ten of them, measure the ceilings."""
         if self.case.steps and self._round % math.ceil(self.rounds / 10) == 0:
-            self._copy_gbps.append(machine.copy_gbps())
-            self._gemm_gflops.append(machine.gemm_gflops())
-        peers = [entry for entry in self.entries.values() if entry is not self.ours and entry.status == "ok"]
+            self._copy_gbps.append(machine.HERE.copy_gbps())
+            self._gemm_gflops.append(machine.HERE.gemm_gflops(self.case.dtype))
+        peers = [entry for entry in self._alive() if entry is not self.ours]
         first = self._round % max(1, len(peers))
         for entry in peers[first:] + peers[:first]:
             if self._round % entry.every == 0:
@@ -71,7 +74,19 @@ class Contest:
         self._round += 1
 
     def run_ours(self) -> None:
-        self._run(self.ours)
+        if self.ours.status == "ok":
+            self._run(self.ours)
+
+    def peaks(self) -> dict[str, int]:
+        """Peak memory of the candidates that are worth a time, where the case or the machine has it measured."""
+        if not (self.case.memory or machine.HERE.weighs_all):
+            return {}
+        calls = {
+            name: partial(self.case.run, entry.call, self._inputs[0], entry.upstream)
+            for name, entry in self.entries.items()
+            if entry.status == "ok"
+        }
+        return machine.HERE.peak_memory(self.case.name, calls)
 
     def rows(self, peak_memory: dict[str, int]) -> list[Row]:
         """The rows of the results file, one a candidate."""
@@ -81,26 +96,17 @@ class Contest:
             median, q20, q80 = (_milliseconds(entry.seconds, q) for q in (0.5, 0.2, 0.8))
             rows.append(
                 Row(
-                    case=case.name,
-                    suite=case.suite,
-                    label=case.label,
-                    shape=list(case.shape),
-                    dtype=str(case.dtype).removeprefix("torch."),
-                    mode=case.mode,
-                    heap=machine.heap(),
+                    **about(case),
                     candidate=name,
                     status=entry.status,
                     note=entry.note,
                     error=entry.error,
-                    reference=str(self._reference_dtype()).removeprefix("torch."),
+                    reference=str(self._reference).removeprefix("torch."),
                     rounds=len(entry.seconds),
                     median_ms=median,
                     q20_ms=q20,
                     q80_ms=q80,
                     input_copies=len(self._inputs),
-                    bytes=sum(step.bytes for step in case.steps),
-                    flops=sum(step.flops for step in case.steps),
-                    formula=case.formula,
                     copy_gbps=_median(self._copy_gbps),
                     gemm_gflops=_median(self._gemm_gflops),
                     fraction_of_floor=_median(entry.fractions),
@@ -110,75 +116,125 @@ class Contest:
             )
         return rows
 
+    def _alive(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.status == "ok"]
+
     def _check(self) -> None:
         """Run every candidate once against the reference; those that raise or disagree are not timed."""
-        case, inputs, dtype = self.case, self._inputs[0], self._reference_dtype()
-        eager = self.entries["eager"].call
-        raised = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs]
-        upstream = torch.randn_like(eager(*inputs))
-        expected = step(case, eager, raised, upstream.to(dtype))
+        case, inputs = self.case, self._inputs[0]
+        upstream = torch.randn_like(self.entries["eager"].call(*inputs))
+        expected = self._expected(upstream)
         for entry in self.entries.values():
-            try:
+            with _attempt(entry):
                 entry.upstream = torch.empty_like(entry.call(*inputs)).copy_(upstream)
-                results = step(case, entry.call, inputs, entry.upstream)
-            except Exception as error:  # a peer may fail in any way, and the others go on
-                entry.status, entry.note = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            error = max(_deviation(got, right) for got, right in zip(results, expected, strict=True))
-            entry.error = error if math.isfinite(error) else None
-            if error > TOLERANCE[case.dtype]:
-                entry.status, entry.note = "wrong", f"deviates by {error:.1e} of the largest value"
+                results = case.run(entry.call, inputs, entry.upstream)
+                error = max(_deviation(got, right) for got, right in zip(results, expected, strict=True))
+                del results
+                entry.error = error if math.isfinite(error) else None
+                if error > machine.HERE.tolerance[case.dtype]:
+                    entry.status, entry.note = "wrong", f"deviates by {error:.1e} of the largest value"
+
+    def _expected(self, upstream: Tensor) -> tuple[Tensor, ...]:
+        """Result and gradients of eager in float64, or in the case's dtype where that takes too much memory."""
+        raised = [x.detach().to(self._reference).requires_grad_(x.requires_grad) for x in self._inputs[0]]
+        try:
+            return self.case.run(self.entries["eager"].call, raised, upstream.to(self._reference))
+        except torch.OutOfMemoryError:
+            if self._reference == self.case.dtype:
+                raise
+        self._reference = self.case.dtype
+        return self._expected(upstream)
 
     def _plan(self) -> None:
-        """Rounds for the time there is; a peer ten times slower than ours runs in every other one."""
-        alive = [entry for entry in self.entries.values() if entry.status == "ok"]
-        seconds = [self._seconds(entry) for entry in alive]
-        for entry, estimate in zip(alive, seconds, strict=True):
-            entry.every = 2 if estimate > 10 * seconds[0] else 1
-        a_round = sum(s / entry.every for entry, s in zip(alive, seconds, strict=True)) * self.case.calls
-        self.rounds = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / a_round)))
+        """Rounds for the time there is; a peer ten times slower than the fastest runs in every other one."""
+        for entry in self._alive():
+            with _attempt(entry):
+                entry.head_start = machine.HERE.host_seconds(partial(self._step, entry))
+        estimates = self._estimates()
+        if estimates and self.case.calls == 1 and min(estimates.values()) < machine.HERE.graph_below:
+            for entry in self._alive():
+                self._capture(entry)
+            estimates = self._estimates()
+        a_round = 0.0
+        for name, seconds in estimates.items():
+            entry = self.entries[name]
+            entry.every = 2 if seconds > 10 * min(estimates.values()) else 1
+            calls = len(self._captured) if entry.replay else self.case.calls
+            a_round += (seconds * calls + entry.head_start) / entry.every
+        fewest, most = machine.HERE.rounds
+        self.rounds = min(most, max(fewest, int(machine.HERE.seconds_a_case / a_round))) if a_round else 0
+
+    def _estimates(self) -> dict[str, float]:
+        estimates = {}
+        for name, entry in self.entries.items():
+            if entry.status == "ok":
+                with _attempt(entry):
+                    estimates[name] = self._seconds(entry)
+        return estimates
+
+    def _capture(self, entry: Entry) -> None:
+        calls = [partial(self.case.run, entry.call, inputs, entry.upstream) for inputs in self._captured]
+        try:
+            entry.replay = machine.HERE.capture(calls)
+            entry.head_start = machine.HERE.host_seconds(entry.replay)
+            entry.note = f"replays of {len(calls)} captured calls"
+        except Exception as error:  # it is timed call by call then
+            entry.note = f"not captured: {_reason(error)}"
 
     def _run(self, entry: Entry) -> None:
-        entry.seconds.append(self._seconds(entry))
-        if self.case.steps:
-            copy, gemm = self._copy_gbps[-1], self._gemm_gflops[-1]
-            floor = sum(max(step.bytes / copy, step.flops / gemm) for step in self.case.steps) / 1e9
-            entry.fractions.append(floor / entry.seconds[-1])
-
-    def _reference_dtype(self) -> torch.dtype:
-        return torch.float64 if _bytes(self._inputs[0]) <= FLOAT64_LIMIT else self.case.dtype
+        with _attempt(entry):
+            entry.seconds.append(self._seconds(entry))
+            if self.case.steps:
+                copy, gemm = self._copy_gbps[-1], self._gemm_gflops[-1]
+                floor = sum(max(step.bytes / copy, step.flops / gemm) for step in self.case.steps) / 1e9
+                entry.fractions.append(floor / entry.seconds[-1])
 
     def _seconds(self, entry: Entry) -> float:
-        """Time of one call. Giving its results back is not in it."""
-        inputs = self._inputs[self._turn % len(self._inputs)]
-        self._turn += 1
-        gc.disable()
-        try:
-            start = time.perf_counter()
-            for _ in range(self.case.calls):
-                results = step(self.case, entry.call, inputs, entry.upstream)
-            seconds = (time.perf_counter() - start) / self.case.calls
-        finally:
-            gc.enable()
-        del results
-        return seconds
+        """Time of one call."""
+        if entry.replay:
+            return machine.HERE.seconds(entry.replay, head_start=entry.head_start) / len(self._captured)
+        return machine.HERE.seconds(partial(self._step, entry), self.case.calls, entry.head_start)
+
+    def _step(self, entry: Entry) -> tuple[Tensor, ...]:
+        return self.case.run(entry.call, next(self._turns), entry.upstream)
 
 
-def step(case: Case, call: Candidate, inputs: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, ...]:
-    """One call in the case's mode: the result, and with "fwd+bwd" the gradients of all that wants one."""
-    if case.mode == "fwd":
-        with torch.no_grad():
-            return (call(*inputs),)
-    result = call(*inputs)
-    learn = [x for x in (*inputs, *case.parameters) if x.requires_grad]
-    return result.detach(), *torch.autograd.grad(result, learn, upstream)
+@contextmanager
+def _attempt(entry: Entry) -> Iterator[None]:
+    """A candidate may fail in any way: it keeps the reason, loses its times, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        entry.status = "skipped" if isinstance(error, ImportError) else "failed"
+        entry.note = _reason(error)
+        entry.seconds, entry.fractions = [], []
+
+
+def about(case: Case) -> dict:
+    """The fields of a row that do not depend on the candidate."""
+    return {
+        "case": case.name,
+        "suite": case.suite,
+        "label": case.label,
+        "shape": list(case.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": case.mode,
+        "heap": machine.HERE.run,
+        "bytes": sum(step.bytes for step in case.steps),
+        "flops": sum(step.flops for step in case.steps),
+        "formula": case.formula,
+    }
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _copies(case: Case, inputs: Sequence[Tensor]) -> int:
     """Sets of inputs that together are twice the last cache; one where a timing repeats calls."""
     if case.calls > 1 or machine.TINY:
         return 1
-    return math.ceil(2 * machine.last_cache() / _bytes(inputs))
+    return math.ceil(2 * machine.HERE.cache_bytes() / _bytes(inputs))
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -1,7 +1,8 @@
 """The others: small adapters, each the way its users write it, all with the results of our ops.
 
-Pooling peers return (B, cells, C) in any strides; contrastive peers return the mean loss. Inputs of two
-bytes are raised to float32 before a GEMM, as users on a CPU do: a bfloat16 product is a hundred times slower.
+Pooling peers return (B, cells, C) in any strides; contrastive peers return the mean loss. On a CPU inputs of two
+bytes are raised to float32 before a GEMM, as users do there: a bfloat16 product is a hundred times slower. On a
+GPU they stay as they are, with all that is made of them. libraries.py has the packages that one can install.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,13 @@ from torch import Tensor
 
 
 def raised(x: Tensor) -> Tensor:
-    """`x`, as float32 where its elements have two bytes."""
-    return x.float() if x.element_size() == 2 else x
+    """`x`, as float32 where its elements have two bytes and are on a CPU."""
+    return x.float() if x.element_size() == 2 and x.device.type == "cpu" else x
+
+
+def labels(rows: Tensor) -> Tensor:
+    """Each row's positive is its own partner."""
+    return torch.arange(len(rows), device=rows.device)
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
@@ -28,8 +34,9 @@ def pool_each_scale(x: Tensor, scales: Sequence[int]) -> Tensor:
 
 def filter_each_scale(x: Tensor, row_filters: Tensor, col_filters: Tensor, scales: Sequence[int]) -> Tensor:
     """R_s F K_s^T once a scale."""
-    filters = zip(row_filters.split(scales), col_filters.split(scales), strict=True)
-    return torch.cat([(rows @ raised(x) @ cols.t()).flatten(2) for rows, cols in filters], 2).transpose(1, 2)
+    x = raised(x)
+    filters = zip(row_filters.to(x.dtype).split(scales), col_filters.to(x.dtype).split(scales), strict=True)
+    return torch.cat([(rows @ x @ cols.t()).flatten(2) for rows, cols in filters], 2).transpose(1, 2)
 
 
 def stacked_averages(grid: tuple[int, int], scales: Sequence[int]) -> Tensor:
@@ -48,7 +55,8 @@ def stacked_filters(row_filters: Tensor, col_filters: Tensor, scales: Sequence[i
 
 def pool_one_gemm(x: Tensor, matrix: Tensor) -> Tensor:
     """All scales of a contiguous map as one GEMM against the stacked filters (cells, H * W)."""
-    return (raised(x).flatten(2) @ matrix.t()).transpose(1, 2).to(x.dtype)
+    cells = raised(x).flatten(2)
+    return (cells @ matrix.to(cells.dtype).t()).transpose(1, 2).to(x.dtype)
 
 
 def pool_one_gemm_channels_last(x: Tensor, matrix: Tensor) -> Tensor:
@@ -59,21 +67,23 @@ def pool_one_gemm_channels_last(x: Tensor, matrix: Tensor) -> Tensor:
 def contrast_dense(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """normalize, matmul, cross_entropy: the B x K matrix is held."""
     queries, keys = F.normalize(raised(student), dim=1), F.normalize(raised(teacher), dim=1)
-    return F.cross_entropy(queries @ keys.t() / temperature, torch.arange(len(queries)))
+    return F.cross_entropy(queries @ keys.t() / temperature, labels(queries))
 
 
 def contrast_dense_symmetric(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """The mean of both directions over one matrix, as CLIP does."""
     logits = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).t() / temperature
-    labels = torch.arange(len(logits))
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+    positives = labels(logits)
+    return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.t(), positives)) / 2
 
 
 def contrast_linear_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """torch's chunked cross entropy behind a linear layer (2.13 and newer), whose weight the teacher is."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy, 2.13 was the first")
     queries, keys = F.normalize(raised(student), dim=1), F.normalize(raised(teacher), dim=1)
-    labels = torch.arange(len(queries))
-    return F.linear_cross_entropy(queries / temperature, keys, labels, options=torch.nn.LinearCrossEntropyOptions())
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(queries / temperature, keys, labels(queries), options=options)
 
 
 def contrast_row_blocks(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

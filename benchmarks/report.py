@@ -6,56 +6,83 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.goals import GOALS, HEAPS, Goal
+from benchmarks.goals import GOALS, GPU, HEAPS, Goal
 from benchmarks.record import Row
 
-Contest = dict[str, Row]  # the rows of one case under one heap, by candidate
+Contest = dict[str, Row]  # the rows of one case in one run, by candidate
 
-NOTES = """\
-Median of interleaved rounds with the 20 and 80 % quantiles, default heap / kept heap. Of floor: the least
+COUNTED = """\
+Of floor: the least
 time for the work counted, at the copy bandwidth and GEMM rate measured just before, over ours: the median of
 rounds. Counted: X, S, T bytes of the map, of the student's and of the teacher's maps, Y of the pyramids; B rows
 of D values; s x s cells of C_s or C_t channels. Fastest peer: the best of all that is not ours, eager
 included; below 1x ours loses."""
 
+NOTES = f"""\
+Median of interleaved rounds with the 20 and 80 % quantiles, default heap / kept heap. {COUNTED}"""
+
+GPU_NOTES = f"""\
+Median of interleaved rounds with the 20 and 80 % quantiles, in time of the device, whose host is ahead by then; of
+the overhead cases, in time of the host. Where something takes under 50 us, replays of captured calls. Rate: of
+the bytes or of the FLOPs counted, whichever bound the floor. Error: the largest of result and gradients against
+float64, over the largest value. {COUNTED}"""
+
 
 def report(results: dict) -> str:
     """All tables of a results file."""
     rows = record.rows(results)
+    gpu = GPU[0] in results["runs"]
+    runs, notes, columns = (GPU, GPU_NOTES, GPU_COLUMNS) if gpu else (HEAPS, NOTES, COLUMNS)
     sections = [
-        *_machines(results),
-        f"### Must reach\n\n{_goal_table(rows)}",
-        f"### Times, losing cases first\n\n{NOTES}\n\n{_time_table(rows)}",
+        *(_gpu(run) if gpu else _heap(heap, run) for heap, run in results["runs"].items()),
+        f"### Must reach\n\n{_goal_table(rows, runs)}",
+        f"### Times, losing cases first\n\n{notes}\n\n{_time_table(rows, runs, columns)}",
         f"### Peak memory beyond inputs, results and gradients, MiB\n\n{_memory_table(rows)}",
         _left_out(rows),
     ]
     return "\n\n".join(section for section in sections if section)
 
 
-def _machines(results: dict) -> list[str]:
-    lines = []
-    for heap, run in results["runs"].items():
-        env = run["environment"]
-        lines.append(
-            f"{heap.capitalize()} heap: {env['device']}, {env['cores']} cores, {env['threads']} threads, "
-            f"{env['cpu_capability']}; copy {_span(run, 'copy_gbps')} GB/s, "
-            f"GEMM {_span(run, 'gemm_gflops')} GFLOP/s; torch {env['torch']}, lfcc_kernels "
-            f"{env['lfcc_kernels']} {env['commit']}, backends {', '.join(env['backends'])}; "
-            f"{env['started']}, load average {env['load_average']:.1f} at the start."
-            + (" **Tiny shapes, a smoke test: the times mean nothing.**" if env["tiny"] else "")
-        )
-    return lines
+def _heap(heap: str, run: dict) -> str:
+    env = run["environment"]
+    return (
+        f"{heap.capitalize()} heap: {env['device']}, {env['cores']} cores, {env['threads']} threads, "
+        f"{env['cpu_capability']}; copy {_span(run, 'copy_gbps')} GB/s, "
+        f"GEMM {_span(run, 'gemm_gflops')} GFLOP/s; {_versions(env)}"
+    )
 
 
-def _span(run: dict, rate: str) -> str:
-    """Lowest to highest of a rate over the cases of a run."""
-    rates = [row[rate] for row in run["rows"] if row[rate] is not None]
+def _gpu(run: dict) -> str:
+    env = run["environment"]
+    if not env:
+        return "Nothing was measured: the process ended before its first case."
+    dtypes = sorted({row["dtype"] for row in run["rows"]})
+    gemm = ", ".join(f"{_span(run, 'gemm_gflops', dtype, 1e3)} in {dtype}" for dtype in dtypes)
+    packages = "".join(f", {name} {version}" for name, version in env["packages"].items())
+    return (
+        f"{env['device']}, {env['multiprocessors']} multiprocessors, L2 {env['last_cache_bytes'] / 2**20:.0f} MiB; "
+        f"copy {_span(run, 'copy_gbps')} GB/s, GEMM {gemm} TFLOP/s; nvidia-smi ({env['nvidia_smi_fields']}): "
+        f"{env['nvidia_smi'] or 'not available'}; CUDA {env['cuda']}{packages}, {_versions(env)}"
+    )
+
+
+def _versions(env: dict) -> str:
+    return (
+        f"torch {env['torch']}, lfcc_kernels {env['lfcc_kernels']} {env['commit']}, backends "
+        f"{', '.join(env['backends'])}; {env['started']}, load average {env['load_average']:.1f} at the start."
+        + (" **Tiny shapes, a smoke test: the times mean nothing.**" if env["tiny"] else "")
+    )
+
+
+def _span(run: dict, rate: str, dtype: str | None = None, unit: float = 1) -> str:
+    """Lowest to highest of a rate over the cases of a run, or over those of one dtype."""
+    rates = [row[rate] / unit for row in run["rows"] if row[rate] is not None and dtype in (None, row["dtype"])]
     return f"{min(rates):.0f} to {max(rates):.0f}" if rates else "?"
 
 
-def _goal_table(rows: Sequence[Row]) -> str:
-    by_heap = {heap: {(row.case, row.candidate): row for row in rows if row.heap == heap} for heap in HEAPS}
-    lines = [[goal.what, heap, *_verdict(goal, by_heap[heap])] for goal in GOALS for heap in goal.heaps]
+def _goal_table(rows: Sequence[Row], runs: Sequence[str]) -> str:
+    by_run = {run: {(row.case, row.candidate): row for row in rows if row.heap == run} for run in runs}
+    lines = [[goal.what, run, *_verdict(goal, by_run[run])] for goal in GOALS for run in runs if run in goal.runs]
     return _table(["what", "heap", "must reach", "measured", "reached"], lines)
 
 
@@ -68,33 +95,26 @@ def _verdict(goal: Goal, rows: dict[tuple[str, str], Row]) -> list[str]:
     return [bound, f"{measured:.3g} {goal.unit}", "yes" if goal.reached(measured) else "**no**"]
 
 
-def _time_table(rows: Sequence[Row]) -> str:
+def _time_table(rows: Sequence[Row], runs: Sequence[str], columns: dict[str, Callable[[Contest], str]]) -> str:
     cases: dict[str, list[Contest]] = defaultdict(list)
-    for heap in HEAPS:
+    for run in runs:
         contests: dict[str, Contest] = defaultdict(dict)
         for row in rows:
-            if row.heap == heap and row.median_ms is not None:
+            if row.heap == run and row.median_ms is not None:
                 contests[row.case][row.candidate] = row
         for name, contest in contests.items():
-            cases[name].append(contest)
-
-    def cells(contests: list[Contest], text: Callable[[Contest], str]) -> str:
-        return " / ".join(text(contest) for contest in contests)
-
+            if "ours" in contest and len(contest) > 1:
+                cases[name].append(contest)
     by_margin = sorted(cases.values(), key=lambda contests: min(_margin(contest) for contest in contests))
     lines = [
         [
             _title(contests[0]["ours"]),
-            cells(contests, lambda c: _times(c["ours"])),
-            cells(contests, lambda c: _percent(c["ours"].fraction_of_floor)),
-            cells(contests, lambda c: _factor(c["ours"].speedup_over_eager)),
-            cells(contests, lambda c: f"{_factor(_margin(c))} {_fastest_peer(c).candidate}"),
+            *(" / ".join(text(contest) for contest in contests) for text in columns.values()),
             contests[0]["ours"].formula,
         ]
         for contests in by_margin
     ]
-    head = ["case", "ours, ms (20 to 80 %)", "of floor", "over eager", "over fastest peer", "counted"]
-    return _table(head, lines)
+    return _table(["case", *columns, "counted"], lines)
 
 
 def _memory_table(rows: Sequence[Row]) -> str:
@@ -104,17 +124,19 @@ def _memory_table(rows: Sequence[Row]) -> str:
             cases[row.case].append(row)
     lines = []
     for group in cases.values():
-        ours, *peers = [f"{row.candidate} {row.peak_memory_bytes / 2**20:.1f}" for row in group]
-        lines.append([_title(group[0]), ours.removeprefix("ours "), ", ".join(peers)])
+        ours, peers = ([row for row in group if (row.candidate == "ours") is mine] for mine in (True, False))
+        texts = [f"{row.candidate} {_mebibytes(row)}" for row in peers]
+        lines.append([_title(group[0]), ", ".join(map(_mebibytes, ours)), ", ".join(texts)])
     return _table(["case", "ours", "peers"], lines) if lines else "Not measured."
 
 
 def _left_out(rows: Sequence[Row]) -> str:
-    lines = [
-        f"- {_title(row)}, {row.heap} heap, {row.candidate}: {row.status}, {row.note}"
-        for row in rows
-        if row.status != "ok"
-    ]
+    cases: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row.status != "ok":
+            run = f"{row.heap} heap, " if row.heap in HEAPS else ""
+            cases[f"- {run}{row.candidate}: {row.status}, {row.note}"].append(_title(row))
+    lines = [f"{why}: {'; '.join(those) if len(those) < 4 else f'{len(those)} cases'}" for why, those in cases.items()]
     return "### Not timed\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -142,9 +164,40 @@ def _percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{fraction:.0%}"
 
 
+def _rate(row: Row) -> str:
+    """What bounds the floor, at the rate that ours has it done."""
+    if row.copy_gbps is None or row.gemm_gflops is None:
+        return ""
+    seconds = row.median_ms / 1e3
+    if row.flops / row.gemm_gflops > row.bytes / row.copy_gbps:
+        return f"{row.flops / seconds / 1e12:.3g} TFLOP/s"
+    return f"{row.bytes / seconds / 1e9:.4g} GB/s"
+
+
+def _error(contest: Contest) -> str:
+    errors = [contest[name].error for name in ("ours", "eager") if name in contest]
+    return " / ".join("" if error is None else f"{error:.0e}" for error in errors)
+
+
+def _mebibytes(row: Row) -> str:
+    return "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.1f}"
+
+
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
+
+COLUMNS: dict[str, Callable[[Contest], str]] = {
+    "ours, ms (20 to 80 %)": lambda c: _times(c["ours"]),
+    "of floor": lambda c: _percent(c["ours"].fraction_of_floor),
+    "over eager": lambda c: _factor(c["ours"].speedup_over_eager),
+    "over fastest peer": lambda c: f"{_factor(_margin(c))} {_fastest_peer(c).candidate}",
+}
+GPU_COLUMNS = COLUMNS | {
+    "rate": lambda c: _rate(c["ours"]),
+    "peak memory, MiB": lambda c: _mebibytes(c["ours"]),
+    "error, ours / eager": _error,
+}
 
 if __name__ == "__main__":
     print(report(record.load(Path(sys.argv[1]))))

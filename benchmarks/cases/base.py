@@ -1,4 +1,4 @@
-"""What a case is, and what the suites share.
+"""What a case is, and what the suites share. Each suite lists its cases for a CPU and for a GPU.
 
 A candidate is a function of the case's inputs. "ours" and "eager" are always among them, and "eager" in
 float64 is the reference. The floor of a case is the sum over its steps of
@@ -6,13 +6,13 @@ max(bytes / copy bandwidth, FLOPs / GEMM rate), with the least a step can do: ev
 once, and every product done once that is needed without a B x B matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import TINY
+from benchmarks import machine
 
 Candidate = Callable[..., Tensor]
 
@@ -35,7 +35,8 @@ class Case:
     """One measurement.
 
     `inputs` makes a fresh random set. In mode "fwd+bwd" all that requires a gradient in it, and `parameters`,
-    is differentiated; in mode "fwd" nothing is. More than one call a timing also keeps the inputs in cache.
+    is differentiated; in mode "fwd" nothing is. More than one call a timing is for what a call costs its caller:
+    the inputs stay in cache, and the clock is the caller's on any device.
     """
 
     suite: str
@@ -56,10 +57,19 @@ class Case:
         shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
         return f"{self.suite}-{self.label}-{shape}-{dtype}-{self.mode}"
 
+    def run(self, call: Candidate, inputs: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, ...]:
+        """One call in the case's mode: the result, and with "fwd+bwd" the gradients of all that wants one."""
+        if self.mode == "fwd":
+            with torch.no_grad():
+                return (call(*inputs),)
+        result = call(*inputs)
+        learn = [x for x in (*inputs, *self.parameters) if x.requires_grad]
+        return result.detach(), *torch.autograd.grad(result, learn, upstream)
+
 
 def compiled(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
     """The candidates through torch.compile; none in a smoke test, which it would make slow."""
-    return {} if TINY else {f"compiled {name}": torch.compile(call) for name, call in candidates.items()}
+    return {} if machine.TINY else {f"compiled {name}": torch.compile(call) for name, call in candidates.items()}
 
 
 def features(
@@ -69,11 +79,12 @@ def features(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """A random feature map or tokens."""
-    return torch.randn(shape).to(dtype=dtype, memory_format=memory_format).requires_grad_(learn)
+    values = torch.randn(shape, device=machine.HERE.device)
+    return values.to(dtype=dtype, memory_format=memory_format).requires_grad_(learn)
 
 
 def rows(shape: tuple[int, int], learn: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Rows of a student and of a frozen teacher, alike enough that the softmax is not flat."""
-    teacher = torch.randn(shape)
-    student = teacher + 2 * torch.randn(shape)
+    teacher = torch.randn(shape, device=machine.HERE.device)
+    student = teacher + 2 * torch.randn(shape, device=machine.HERE.device)
     return student.to(dtype).requires_grad_(learn), teacher.to(dtype)

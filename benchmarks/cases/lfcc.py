@@ -5,20 +5,29 @@
 learn, "eager" has our order too.
 
 Counted in two steps, pooling in bytes (S and T of student and teacher maps, Y of the pyramids) and then
-projection and contrast in FLOPs.
+projection and contrast in FLOPs, both in the dtype of the maps.
 """
 
 import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from benchmarks import peers
+from benchmarks import machine, peers
 from benchmarks.cases.base import CELLS, SCALES, TEMPERATURE, Case, Step, compiled, features
 
 STUDENT_CHANNELS, TEACHER_CHANNELS, GRIDS = (64, 128, 256, 512), (96, 192, 384, 768), (56, 28, 14, 7)
 
 
 def cases(tiny: bool) -> list[Case]:
+    if machine.HERE.device.type == "cuda":
+        two_bytes = torch.bfloat16
+        return [
+            _resnet_under_swin("average", "fwd+bwd", tiny, 256, two_bytes, compile=True),
+            _resnet_under_swin("average", "fwd", tiny, 256, two_bytes),
+            _resnet_under_swin("learnable", "fwd+bwd", tiny, 256, two_bytes),
+            *(_resnet_under_swin("average", "fwd+bwd", tiny, 128, dtype) for dtype in (two_bytes, torch.float32)),
+            _resnet_under_swin("average", "fwd+bwd", tiny, 256),
+        ]
     return [
         _resnet_under_swin("average", "fwd", tiny),
         _resnet_under_swin("average", "fwd+bwd", tiny, compile=True, memory=True),
@@ -31,17 +40,25 @@ def memory_cases(tiny: bool) -> list[Case]:
     return [_small_maps(1024, tiny), _small_maps(2048, tiny)]
 
 
-def _resnet_under_swin(student_filter: str, mode: str, tiny: bool, compile: bool = False, memory: bool = False) -> Case:
-    batch, cut = (4, 16) if tiny else (128, 1)
+def _resnet_under_swin(
+    student_filter: str,
+    mode: str,
+    tiny: bool,
+    batch: int = 128,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+    memory: bool = False,
+) -> Case:
+    batch, cut = (batch // 32, 16) if tiny else (batch, 1)
     students = [channels // cut for channels in STUDENT_CHANNELS]
     teachers = [channels // cut for channels in TEACHER_CHANNELS]
     learn = mode != "fwd"
     student_bytes, teacher_bytes = (
-        4 * batch * sum(c * grid**2 for c, grid in zip(channels, GRIDS, strict=True))
+        dtype.itemsize * batch * sum(c * grid**2 for c, grid in zip(channels, GRIDS, strict=True))
         for channels in (students, teachers)
     )
     reads = 1 + learn + (learn and student_filter == "learnable")
-    pooling = reads * student_bytes + teacher_bytes + 4 * batch * CELLS * sum(students + teachers)
+    pooling = reads * student_bytes + teacher_bytes + dtype.itemsize * batch * CELLS * sum(students + teachers)
     contrast, projection = (4, 6) if learn else (2, 2)
     flops = sum(
         contrast * batch**2 * CELLS * t + projection * batch * CELLS * s * t
@@ -55,6 +72,7 @@ def _resnet_under_swin(student_filter: str, mode: str, tiny: bool, compile: bool
         students,
         teachers,
         GRIDS,
+        dtype=dtype,
         compile=compile,
         steps=(Step(pooling), Step(flops=flops)),
         formula=f"{maps} + T + Y bytes, then {contrast} B^2 s^2 C_t + {projection} B s^2 C_s C_t FLOPs",
@@ -74,6 +92,7 @@ def _case(
     students: tuple[int, ...],
     teachers: tuple[int, ...],
     grids: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
     compile: bool = False,
     **measured,
 ) -> Case:
@@ -85,7 +104,7 @@ def _case(
         scales=SCALES,
         temperature=TEMPERATURE,
         student_filter="learnable" if learnable else "average",
-    )
+    ).to(machine.HERE.device)
     weights = [projection.weight for projection in module.student_projections]
 
     def split(maps: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -111,7 +130,7 @@ def _case(
 
     def inputs() -> tuple[Tensor, ...]:
         return tuple(
-            features((shape[0], c, grid, grid), learn)
+            features((shape[0], c, grid, grid), learn, dtype)
             for channels, learn in ((students, mode != "fwd"), (teachers, False))
             for c, grid in zip(channels, grids, strict=True)
         )
@@ -125,6 +144,7 @@ def _case(
         mode,
         inputs,
         {"ours": ours, **others},
+        dtype=dtype,
         parameters=tuple(module.parameters()),
         **measured,
     )
