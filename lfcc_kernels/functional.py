@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lfcc_kernels.ops import info_nce as info_nce_op
+from lfcc_kernels.ops import info_nce_group as info_nce_group_op
 from lfcc_kernels.ops import lowpass as lowpass_op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -97,17 +98,11 @@ def info_nce(
     Raises:
         TypeError, ValueError: on a wrong type, dtype, shape, device or value, with the mend in the message.
     """
-    _check_pair(student, teacher, positive_offset)
-    if direction not in DIRECTIONS:
-        raise ValueError(f"info_nce: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"info_nce: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-    if (student_ids is None) != (teacher_ids is None):
-        raise ValueError("info_nce: got ids for one side only; give student_ids and teacher_ids, or neither")
-    if student_ids is not None:
-        student_ids = _check_ids("student_ids", student_ids, student)
-        teacher_ids = _check_ids("teacher_ids", teacher_ids, teacher)
-    temperature = _check_temperature(temperature)
+    temperature, student_ids, teacher_ids = _check_info_nce(
+        student, teacher, temperature, direction, student_ids, teacher_ids, positive_offset
+    )
     return info_nce_op.info_nce(
         student,
         teacher,
@@ -118,6 +113,32 @@ def info_nce(
         direction,
         normalize,
         mean=reduction == "mean",
+    )
+
+
+def info_nce_group(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    temperature: float | Tensor = 0.1,
+    direction: str = "student_to_teacher",
+    student_ids: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    positive_offset: int = 0,
+    normalize: bool = True,
+) -> Tensor:
+    """The mean `info_nce` of every pair of a list, (pairs,); on a GPU, where launches cost, many small pairs at once.
+
+    Args and errors are those of `info_nce`, which gives the same numbers pair by pair.
+    """
+    if not students or len(students) != len(teachers):
+        raise ValueError(
+            f"info_nce_group: {len(students)} students and {len(teachers)} teachers; expected as many, at least one"
+        )
+    options = temperature, direction, student_ids, teacher_ids, positive_offset
+    checked = [_check_info_nce(*pair, *options) for pair in zip(students, teachers, strict=True)]
+    return info_nce_group_op.info_nce_group(
+        list(students), list(teachers), *checked[0], positive_offset, direction, normalize
     )
 
 
@@ -182,6 +203,27 @@ def _check_filters(name: str, filters: Tensor, shape: tuple[int, int], x: Tensor
         )
     if filters.device != x.device:
         raise ValueError(f"lowpass: {name} is on {filters.device}, x on {x.device}; move them to one device")
+
+
+def _check_info_nce(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    direction: str,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
+    positive_offset: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Temperature and ids as the ops take them; raises on what is wrong."""
+    _check_pair(student, teacher, positive_offset)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"info_nce: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}")
+    if (student_ids is None) != (teacher_ids is None):
+        raise ValueError("info_nce: got ids for one side only; give student_ids and teacher_ids, or neither")
+    if student_ids is not None and teacher_ids is not None:
+        student_ids = _check_ids("student_ids", student_ids, student)
+        teacher_ids = _check_ids("teacher_ids", teacher_ids, teacher)
+    return _check_temperature(temperature), student_ids, teacher_ids
 
 
 def _check_pair(student: Tensor, teacher: Tensor, positive_offset: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lfcc_kernels.distributed import contrast_across_ranks, resolve_group
 from lfcc_kernels.filters import BANKS
-from lfcc_kernels.functional import DIRECTIONS, check_scales, info_nce, lowpass, map_size
+from lfcc_kernels.functional import DIRECTIONS, check_scales, info_nce, info_nce_group, lowpass, map_size
 
 Gather = str | dist.ProcessGroup
 
@@ -103,6 +103,20 @@ class InfoNCELoss(nn.Module):
             direction=self.direction,
             student_ids=student_ids,
             teacher_ids=teacher_ids,
+        )
+
+    def of_pairs(self, students: Sequence[Tensor], teachers: Sequence[Tensor], ids: Tensor | None = None) -> Tensor:
+        """The loss of every pair of a list, (pairs,); `ids` are those of the images, the same on both sides."""
+        if resolve_group(self.gather) is not None:
+            pairs = zip(students, teachers, strict=True)
+            return torch.stack([self(*pair, student_ids=ids, teacher_ids=ids) for pair in pairs])
+        return info_nce_group(
+            students,
+            teachers,
+            temperature=self.temperature,
+            direction=self.direction,
+            student_ids=ids,
+            teacher_ids=ids,
         )
 
 
@@ -209,20 +223,20 @@ class LFCCLoss(nn.Module):
                 f"LFCCLoss: {len(student_pyramids)} student and {len(teacher_pyramids)} teacher pyramids; "
                 "expected the same number, one a stage"
             )
-        parts = {}
+        queries, keys = [], []
         for stage, (student, teacher) in enumerate(zip(student_pyramids, teacher_pyramids, strict=True)):
             if len(student) != len(teacher):
                 raise ValueError(
                     f"LFCCLoss: stage {stage} has {len(student)} student rows and {len(teacher)} teacher rows; "
                     "both sides must come from the same images"
                 )
-            pairs = zip(student.split(cells, 1), teacher.detach().to(student.dtype).split(cells, 1), strict=True)
-            for scale, (queries, keys) in zip(self.scales, pairs, strict=True):
-                parts[stage, scale] = self.info_nce(
-                    queries.flatten(1), keys.flatten(1), student_ids=ids, teacher_ids=ids
-                )
-        loss = torch.stack(list(parts.values())).mean()
-        return (loss, parts) if self.return_parts else loss
+            queries += [grid.flatten(1) for grid in student.split(cells, 1)]
+            keys += [grid.flatten(1) for grid in teacher.detach().to(student.dtype).split(cells, 1)]
+        losses = self.info_nce.of_pairs(queries, keys, ids)
+        if not self.return_parts:
+            return losses.mean()
+        places = [(stage, scale) for stage in range(len(student_pyramids)) for scale in self.scales]
+        return losses.mean(), dict(zip(places, losses.unbind(), strict=True))
 
     def _check_stages(self, side: str, features: Sequence[Tensor]) -> None:
         if isinstance(features, Tensor) or len(features) != len(self.student_projections):

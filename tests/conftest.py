@@ -19,9 +19,9 @@ import lfcc_kernels as lk  # noqa: E402
 from lfcc_kernels.ops.dispatch import why_missing  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from interpreter import round_bfloat16_to_nearest
+    from interpreter import mend
 
-    round_bfloat16_to_nearest()
+    mend()
 
 TRITON = pytest.param("triton", marks=pytest.mark.gpu) if ON_GPU else "triton"
 

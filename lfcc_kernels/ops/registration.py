@@ -7,7 +7,7 @@ backend is part of a graph, and the backward pass, which may run in another thre
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ library = torch.library.Library("lfcc", "FRAGMENT")
 OVERLOADS = {"cpu": "", "triton": ".triton"}
 
 
-def define(schemas: list[str], module: str) -> None:
+def define(schemas: list[str], module: str, backends: Sequence[str] = tuple(OVERLOADS)) -> None:
     """Define the overloads that the compiled library does not bring; `module` has the functions behind Triton's."""
     for schema in schemas:
         name, arguments = schema.split("(", 1)
-        if native.missing:
+        if native.missing and "cpu" in backends:
             library.define(schema)
         library.define(f"{name}.triton({arguments}")
         for key in ("CPU", "CUDA"):
@@ -38,21 +38,23 @@ def _lazily(module: str, name: str) -> Callable:
     return lambda *arguments: getattr(importlib.import_module(module), name)(*arguments)
 
 
-def register_fake(name: str) -> Callable[[Callable], None]:
-    """Decorates a function that gives shape, type and layout of an op's results, for all its overloads."""
+def register_fake(name: str, backends: Sequence[str] = tuple(OVERLOADS)) -> Callable[[Callable], None]:
+    """Decorates a function that gives shape, type and layout of an op's results, for these backends' overloads."""
 
     def register(fake: Callable) -> None:
-        for overload in OVERLOADS.values():
-            torch.library.register_fake(f"lfcc::{name}{overload}", fake, lib=library)
+        for backend in backends:
+            torch.library.register_fake(f"lfcc::{name}{OVERLOADS[backend]}", fake, lib=library)
 
     return register
 
 
-def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Derivative of an op for all its overloads; `backward` gets, before ctx and gradients, the backend's name."""
-    for backend, overload in OVERLOADS.items():
+def register_autograd(
+    name: str, setup_context: Callable, backward: Callable, backends: Sequence[str] = tuple(OVERLOADS)
+) -> None:
+    """Derivative of an op for these backends' overloads; `backward` gets the backend's name before ctx and gradients."""
+    for backend in backends:
         torch.library.register_autograd(
-            f"lfcc::{name}{overload}",
+            f"lfcc::{name}{OVERLOADS[backend]}",
             functools.partial(backward, backend),
             setup_context=setup_context,
             lib=library,

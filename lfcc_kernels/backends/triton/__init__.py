@@ -17,9 +17,14 @@ DEVICE = "cpu" if INTERPRET else "cuda"  # where the tensors must be
 OLDEST_CAPABILITY = (8, 0)  # before it tl.dot of two-byte types falls back on slow scalar code
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def missing() -> str:
     """Why this backend cannot serve here, or an empty string."""
+    return _why_missing()
+
+
+@functools.cache
+def _why_missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with torch for CUDA on Linux"
     if INTERPRET:

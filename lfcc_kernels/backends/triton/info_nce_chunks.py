@@ -26,7 +26,7 @@ from lfcc_kernels.backends.triton.tiles import table
 @triton.jit
 def _tile(
     products, factors, inverse_temperature, row, col, row_ids, key_ids, batch, key_count, first_row, rows, positive_offset,
-    HAS_IDS: tl.constexpr, SUM: tl.constexpr,
+    split, HAS_IDS: tl.constexpr, SPLITS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile, which of them count, and which are positives; `row` counts from the start of the chunk."""
     of_chunk = row < rows
@@ -34,7 +34,10 @@ def _tile(
     place = products + row[:, None].to(tl.int64) * key_count + col[None, :]
     along_rows = tl.load(factors + first_row + row, mask=of_chunk, other=0.0) * inverse_temperature
     along_cols = tl.load(factors + batch + col, mask=col < key_count, other=0.0)
-    logits = tl.load(place, mask=inside, other=0.0).to(SUM) * along_rows[:, None] * along_cols[None, :]
+    product = tl.load(place, mask=inside, other=0.0).to(SUM)
+    for n in tl.static_range(1, SPLITS):
+        product += tl.load(place + n * split, mask=inside, other=0.0).to(SUM)
+    logits = product * along_rows[:, None] * along_cols[None, :]
     positive = col[None, :] == (row + first_row + positive_offset)[:, None]
     kept = inside
     if HAS_IDS:
@@ -47,11 +50,21 @@ def _tile(
 @triton.jit
 def one_pass_kernel(
     products, factors, inverse_temperature, row_ids, key_ids, losses, row_lse, positives, temperature_grad, weights,
-    batch, key_count, first_row, rows, positive_offset,
-    HAS_IDS: tl.constexpr, GRAD: tl.constexpr, GAIN: tl.constexpr, SUM: tl.constexpr,
+    batch, key_count, first_row, rows, positive_offset, groups,
+    HAS_IDS: tl.constexpr, GRAD: tl.constexpr, GAIN: tl.constexpr, SPLITS: tl.constexpr, SUM: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Loss, log-sum-exp and positive logit of BLOCK_B rows; with GRAD the temperature's gradient and GAIN W f too."""
+    """Loss, log-sum-exp and positive logit of BLOCK_B rows; with GRAD the temperature's gradient and GAIN W f too.
+
+    Of groups, whose numbers follow each other, one a second index of the grid; products are the sum of SPLITS parts.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    split = groups * batch * key_count
+    products, weights = products + group * batch * key_count, weights + group * batch * key_count
+    factors += group * (batch + key_count)
+    losses, row_lse, positives, temperature_grad = (
+        losses + group * batch, row_lse + group * batch, positives + group * batch, temperature_grad + group * batch,
+    )  # fmt: skip
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     scale = tl.load(inverse_temperature)
     peak = tl.full((BLOCK_B,), -float("inf"), SUM)
@@ -62,7 +75,7 @@ def one_pass_kernel(
         col = k0 + tl.arange(0, BLOCK_K)
         logits, kept, positive, _ = _tile(
             products, factors, scale, row, col, row_ids, key_ids, batch, key_count, first_row, rows, positive_offset,
-            HAS_IDS, SUM,
+            split, HAS_IDS, SPLITS, SUM,
         )  # fmt: skip
         at_positive += tl.sum(tl.where(positive, logits, 0.0), 1)
         negative = kept & (positive == 0)
@@ -91,7 +104,7 @@ def one_pass_kernel(
             col = k0 + tl.arange(0, BLOCK_K)
             logits, kept, positive, along_cols = _tile(
                 products, factors, scale, row, col, row_ids, key_ids, batch, key_count, first_row, rows, positive_offset,
-                HAS_IDS, SUM,
+                split, HAS_IDS, SPLITS, SUM,
             )  # fmt: skip
             share = tl.where(kept, tl.exp(logits - lse[:, None]), 0.0)
             weight = tl.where(positive, -(others / total)[:, None], share) * along_cols[None, :] * GAIN
@@ -114,7 +127,7 @@ def columns_kernel(
         row = r0 + tl.arange(0, BLOCK_B)
         logits, kept, _, _ = _tile(
             products, factors, scale, row, col, row_ids, key_ids, batch, key_count, first_row, rows, positive_offset,
-            HAS_IDS, SUM,
+            0, HAS_IDS, 1, SUM,
         )  # fmt: skip
         highest = tl.maximum(peak, tl.max(tl.where(kept, logits, -float("inf")), 0))
         base = tl.where(highest == -float("inf"), 0.0, highest)
@@ -148,7 +161,7 @@ def gradient_kernel(
         col = k0 + tl.arange(0, BLOCK_K)
         logits, kept, positive, along_cols = _tile(
             products, factors, scale, row, col, row_ids, key_ids, batch, key_count, first_row, rows, positive_offset,
-            HAS_IDS, SUM,
+            0, HAS_IDS, 1, SUM,
         )  # fmt: skip
         label = tl.where(positive, 1.0, 0.0).to(SUM)
         weight = upstream[:, None] * (tl.where(kept, tl.exp(logits - along_rows[:, None]), 0.0) - label)
@@ -247,8 +260,8 @@ def _softmax(
     block = pair.tiles("chunk_one_pass")
     one_pass_kernel[(triton.cdiv(len(products), block["BLOCK_B"]),)](
         products, pair.factors, pair.inverse_temperature, *pair.ids, losses, row_lse, positives, temperature_grad,
-        products if weights is None else weights, pair.batch, pair.keys, first, len(products), pair.positive_offset,
-        HAS_IDS=pair.has_ids, GRAD=weights is not None, GAIN=pair.gain, SUM=runtime.in_triton(pair.total), **block,
+        products if weights is None else weights, pair.batch, pair.keys, first, len(products), pair.positive_offset, 1,
+        HAS_IDS=pair.has_ids, GRAD=weights is not None, GAIN=pair.gain, SPLITS=1, SUM=runtime.in_triton(pair.total), **block,
     )  # fmt: skip
 
 

@@ -259,10 +259,9 @@ def _shares(pair: Pair, kernel: str, own: int, other: int) -> tuple[dict[str, in
 def _products(pair: Pair) -> dict:
     """How tl.dot multiplies packed rows."""
     product = runtime.raised(pair.student.dtype)
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     return {
         "WIDTH": pair.student.shape[1],
         "PRODUCT": runtime.in_triton(product),
-        "PRECISION": runtime.precision(product, allow_tf32),
+        "PRECISION": runtime.precision(product, as_matmul=True),
         "SUM": runtime.in_triton(pair.total),
     }

@@ -29,97 +29,119 @@ def _power_of_two(value):
     """The largest power of two up to `value`, between 2^-100 and 2^100 (2^-900 and 2^900 of float64)."""
     if value.dtype == tl.float64:
         bits = value.to(tl.int64, bitcast=True) & 0x7FF0000000000000
-        return tl.minimum(tl.maximum(bits.to(tl.float64, bitcast=True), 2.0**-900), 2.0**900)
-    bits = value.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True), 2.0**-100), 2.0**100)
+        power = tl.minimum(tl.maximum(bits.to(tl.float64, bitcast=True), 2.0**-900), 2.0**900)
+    else:
+        bits = value.to(tl.int32, bitcast=True) & 0x7F800000
+        power = tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True), 2.0**-100), 2.0**100)
+    return power
 
 
 @triton.jit
-def pack_kernel(
-    student, teacher, temperature, packed_student, packed_teacher, factors, inverse_lengths, tangents,
-    inverse_temperature, batch, key_count, width, student_row, student_column, teacher_row, teacher_column,
-    NORMALIZE: tl.constexpr, BY_VALUE: tl.constexpr, PADDED: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+def pack_rows(
+    source, target, row, inside, width, padded, stride_row, stride_column,
+    NORMALIZE: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_B rows of the student, then of the teacher; the numbers a row are stored in that order.
-
-    factors: f. inverse_lengths: 1 / max(norm, EPS). tangents: f where the gradient of a unit row must lose its part
-    along the row, 0 where the norm is at its least or rows stay as they are. inverse_temperature: one number, NaN
-    for a temperature in device memory that is not positive and finite, since no host reads it.
-    """
-    if tl.program_id(0) == 0:
-        value = tl.full((), temperature, SUM) if BY_VALUE else tl.load(temperature).to(SUM)
-        valid = (value > 0) & (value < float("inf"))
-        tl.store(inverse_temperature, tl.where(valid, 1.0 / value, float("nan")))
-    blocks = tl.cdiv(batch, BLOCK_B)
-    of_teacher = tl.program_id(0) >= blocks
-    row = (tl.program_id(0) - tl.where(of_teacher, blocks, 0)) * BLOCK_B + tl.arange(0, BLOCK_B)
-    count = tl.where(of_teacher, key_count, batch)
-    inside = row < count
-    stride_row = tl.where(of_teacher, teacher_row, student_row).to(tl.int64)
-    stride_column = tl.where(of_teacher, teacher_column, student_column).to(tl.int64)
-    source = tl.where(of_teacher, teacher, student) + row[:, None].to(tl.int64) * stride_row
-    target = tl.where(of_teacher, packed_teacher, packed_student) + row[:, None].to(tl.int64) * PADDED
+    """Packs rows and returns their numbers: f, 1 / max(norm, EPS), and f again where the gradient of a unit row must
+    lose its part along the row, else 0."""
     step = tl.arange(0, BLOCK_D)
-
-    scale = tl.full((BLOCK_B,), 1.0, SUM)
+    from_rows = source + row[:, None].to(tl.int64) * stride_row
+    to_rows = target + row[:, None].to(tl.int64) * padded
+    scale = tl.where(inside, 1.0, 1.0).to(SUM)
     if NORMALIZE:
-        largest = tl.zeros((BLOCK_B,), SUM)
+        largest = tl.zeros(row.shape, SUM)
         for d0 in tl.range(0, width, BLOCK_D):
             mask = inside[:, None] & (d0 + step < width)[None, :]
-            values = tl.load(source + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
+            values = tl.load(from_rows + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
             largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
         scale = 1.0 / _power_of_two(largest)
-    squares = tl.zeros((BLOCK_B,), SUM)
-    for d0 in tl.range(0, PADDED, BLOCK_D):
+    squares = tl.zeros(row.shape, SUM)
+    for d0 in tl.range(0, padded, BLOCK_D):
         mask = inside[:, None] & (d0 + step < width)[None, :]
-        values = tl.load(source + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM) * scale[:, None]
+        values = tl.load(from_rows + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
+        values *= scale[:, None]
         squares += tl.sum(values * values, 1)
-        tl.store(
-            target + (d0 + step)[None, :],
-            values.to(packed_student.dtype.element_ty),
-            mask=inside[:, None] & (d0 + step < PADDED)[None, :],
-        )
+        place = to_rows + (d0 + step)[None, :]
+        tl.store(place, values.to(target.dtype.element_ty), mask=inside[:, None] & (d0 + step < padded)[None, :])
     factor, inverse_length, tangent = scale, scale, scale * 0
     if NORMALIZE:
         norm = tl.sqrt(squares)
         factor = 1.0 / tl.maximum(norm, scale * EPS, propagate_nan=tl.PropagateNan.ALL)
         inverse_length = factor * scale
         tangent = tl.where(norm > scale * EPS, factor, 0.0)
-    place = tl.where(of_teacher, batch, 0) + row
-    tl.store(factors + place, factor, mask=inside)
-    tl.store(inverse_lengths + place, inverse_length, mask=inside)
-    tl.store(tangents + place, tangent, mask=inside)
+    return factor, inverse_length, tangent
 
 
 @triton.jit
-def finish_kernel(
-    sums, packed, inverse_lengths, tangents, inverse_temperature, magnitude, result, rows, width,
-    PADDED: tl.constexpr, GAIN: tl.constexpr, RELATIVE: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+def store_inverse(temperature, inverse_temperature, BY_VALUE: tl.constexpr, SUM: tl.constexpr):
+    """1 / temperature; NaN where one in device memory, which no host reads, is not positive and finite."""
+    value = tl.full((), temperature, SUM) if BY_VALUE else tl.load(temperature).to(SUM)
+    valid = (value > 0) & (value < float("inf"))
+    tl.store(inverse_temperature, tl.where(valid, 1.0 / value, float("nan")))
+
+
+@triton.jit
+def pack_kernel(
+    student, teacher, temperature, packed_student, packed_teacher, factors, inverse_lengths, tangents,
+    inverse_temperature, batch, key_count, width, padded, student_row, student_column, teacher_row, teacher_column,
+    NORMALIZE: tl.constexpr, BY_VALUE: tl.constexpr, SUM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of rows as they came, from sums_i = GAIN / magnitude sum_j W_ij f_j packed_j: through 1 / temperature
-    and through the norm, whose gradient takes off the part along the row."""
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    inside, step = row < rows, tl.arange(0, BLOCK_D)
-    offset = row[:, None].to(tl.int64) * PADDED
-    from_sums, from_packed = sums + offset, packed + offset
+    """One program: BLOCK_B rows of the student, then of the teacher, whose numbers follow each other likewise."""
+    if tl.program_id(0) == 0:
+        store_inverse(temperature, inverse_temperature, BY_VALUE, SUM)
+    blocks = tl.cdiv(batch, BLOCK_B)
+    of_teacher = tl.program_id(0) >= blocks
+    row = (tl.program_id(0) - tl.where(of_teacher, blocks, 0)) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = row < tl.where(of_teacher, key_count, batch)
+    numbers = pack_rows(
+        tl.where(of_teacher, teacher, student), tl.where(of_teacher, packed_teacher, packed_student), row, inside,
+        width, padded, tl.where(of_teacher, teacher_row, student_row).to(tl.int64),
+        tl.where(of_teacher, teacher_column, student_column).to(tl.int64), NORMALIZE, SUM, BLOCK_D,
+    )  # fmt: skip
+    place = tl.where(of_teacher, batch, 0) + row
+    tl.store(factors + place, numbers[0], mask=inside)
+    tl.store(inverse_lengths + place, numbers[1], mask=inside)
+    tl.store(tangents + place, numbers[2], mask=inside)
+
+
+@triton.jit
+def finish_rows(
+    sums, packed, inverse_lengths, tangents, outer, result, row, inside, width, padded, stride_row,
+    SUM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradient of rows as they came, from sums_i = sum_j W_ij f_j packed_j: times `outer`, and through the norm, whose
+    gradient takes off the part along the row."""
+    step = tl.arange(0, BLOCK_D)
+    from_sums = sums + row[:, None].to(tl.int64) * padded
+    from_packed = packed + row[:, None].to(tl.int64) * padded
+    to_rows = result + row[:, None].to(tl.int64) * stride_row
     tangent = tl.load(tangents + row, mask=inside, other=0.0)
-    along = tl.zeros((BLOCK_B,), SUM)
+    outer *= tl.load(inverse_lengths + row, mask=inside, other=0.0)
+    along = tl.zeros(row.shape, SUM)
     for d0 in tl.range(0, width, BLOCK_D):
         mask = inside[:, None] & (d0 + step < width)[None, :]
         total = tl.load(from_sums + (d0 + step)[None, :], mask=mask, other=0.0)
         along += tl.sum(total * tl.load(from_packed + (d0 + step)[None, :], mask=mask, other=0.0).to(SUM), 1)
-    outer = tl.load(inverse_lengths + row, mask=inside, other=0.0) * tl.load(inverse_temperature) / GAIN
-    if RELATIVE:
-        outer *= tl.load(magnitude)
     for d0 in tl.range(0, width, BLOCK_D):
         mask = inside[:, None] & (d0 + step < width)[None, :]
         total = tl.load(from_sums + (d0 + step)[None, :], mask=mask, other=0.0)
         unit = tangent[:, None] * tl.load(from_packed + (d0 + step)[None, :], mask=mask, other=0.0).to(SUM)
         value = outer[:, None] * (total - (along * tangent)[:, None] * unit)
-        place = result + row[:, None].to(tl.int64) * width + (d0 + step)[None, :]
-        tl.store(place, value.to(result.dtype.element_ty), mask=mask)
+        tl.store(to_rows + (d0 + step)[None, :], value.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_kernel(
+    sums, packed, inverse_lengths, tangents, inverse_temperature, magnitude, result, rows, width, padded, stride_row,
+    GAIN: tl.constexpr, RELATIVE: tl.constexpr, SUM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_B rows from GAIN / magnitude sum_j W_ij f_j packed_j."""
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    outer = tl.load(inverse_temperature) / GAIN
+    if RELATIVE:
+        outer *= tl.load(magnitude)
+    finish_rows(
+        sums, packed, inverse_lengths, tangents, outer, result, row, row < rows, width, padded, stride_row, SUM, BLOCK_D
+    )
 
 
 @dataclass(frozen=True)
@@ -195,32 +217,30 @@ def pack(
     packed = student.new_empty(batch + keys, padded)
     numbers = student.new_empty(3, batch + keys, dtype=total)
     inverse_temperature = numbers.new_empty(1)
-    given = _temperature(temperature, numbers)
+    given = temperature_for_kernel(temperature, numbers)
     block = tiles("pack", str(student.element_size()), runtime.chip(student.device).capability)
     pack_kernel[(triton.cdiv(batch, block["BLOCK_B"]) + triton.cdiv(keys, block["BLOCK_B"]),)](
-        student, teacher, given, packed, packed[batch:], *numbers, inverse_temperature, batch, keys, width,
-        *student.stride(), *teacher.stride(), NORMALIZE=normalize, BY_VALUE=isinstance(given, float), PADDED=padded,
+        student, teacher, given, packed, packed[batch:], *numbers, inverse_temperature, batch, keys, width, padded,
+        *student.stride(), *teacher.stride(), NORMALIZE=normalize, BY_VALUE=isinstance(given, float),
         SUM=runtime.in_triton(total), **block,
     )  # fmt: skip
     ids = (None if ids is None else ids.contiguous() for ids in (student_ids, teacher_ids))
     return Pair(packed[:batch], packed[batch:], width, *numbers, inverse_temperature, *ids, positive_offset)
 
 
-def finish(pair: Pair, sums: Tensor, of_teacher: bool, magnitude: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Gradient of one side's rows as they came, (rows, D), from the sums that `finish_kernel` takes."""
+def finish(pair: Pair, sums: Tensor, of_teacher: bool, magnitude: Tensor | None, result: Tensor) -> None:
+    """Gradient of one side's rows as they came into result (rows, D), from the sums that `finish_kernel` takes."""
     packed = pair.teacher if of_teacher else pair.student
     own = slice(pair.batch, None) if of_teacher else slice(pair.batch)
-    result = sums.new_empty(len(sums), pair.width, dtype=dtype)
     block = pair.tiles("finish")
     finish_kernel[(triton.cdiv(len(sums), block["BLOCK_B"]),)](
         sums, packed, pair.inverse_lengths[own], pair.tangents[own], pair.inverse_temperature,
-        sums if magnitude is None else magnitude, result, len(sums), pair.width, PADDED=packed.shape[1],
-        GAIN=pair.gain, RELATIVE=magnitude is not None, SUM=runtime.in_triton(pair.total), **block,
+        sums if magnitude is None else magnitude, result, len(sums), pair.width, packed.shape[1],
+        result.stride(0), GAIN=pair.gain, RELATIVE=magnitude is not None, SUM=runtime.in_triton(pair.total), **block,
     )  # fmt: skip
-    return result
 
 
-def _temperature(temperature: Tensor, numbers: Tensor) -> Tensor | float:
+def temperature_for_kernel(temperature: Tensor, numbers: Tensor) -> Tensor | float:
     """As the kernel takes it: by value from the CPU, so that nothing waits for a copy, else where it lies."""
     if temperature.device.type != "cpu":
         return temperature

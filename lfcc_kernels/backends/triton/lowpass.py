@@ -1,6 +1,7 @@
 """Launches the kernels of `lowpass_kernels.py`; arguments are those of the ops in `lfcc_kernels/ops/lowpass.py`."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,19 @@ class _Map:
         """Blocks of channels of all images."""
         return self.batch * triton.cdiv(self.channels, tiles["BLOCK_C"])
 
-    @property
-    def steps(self) -> tuple[int, int, bool]:
-        """Strides of rows and of columns, and whether positions lie at equal distances all through the map."""
-        along_rows, along_cols = self.strides[2:]
+    def arguments(self) -> tuple[list[int], dict]:
+        """What a kernel gets of the map behind its data: channels, sides and strides, and how it lies in memory."""
+        of_image, of_channel, of_row, of_column = self.strides
         if self.width == 1:
-            along_cols = along_rows
-        return along_rows, along_cols, self.height == 1 or along_rows == self.width * along_cols
+            of_column = of_row
+        flat = self.height == 1 or of_row == self.width * of_column
+        inner, even = "nothing", [1]
+        if of_channel == 1:
+            inner, even = "channels", [of_image, of_row, of_column, self.channels]
+        elif of_column == 1 and flat:
+            inner, even = "positions", [of_image, of_channel, self.size]
+        numbers = [self.channels, self.height, self.width, of_image, of_channel, of_row, of_column]
+        return numbers, {"FLAT": flat, "INNER": inner, "EVEN": math.gcd(16, *even)}
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,14 @@ def lowpass(
     with runtime.on_device(x):
         weights = _weights(source, scales, row_filters, col_filters, mean=False)
         product = weights.data.dtype
-        tiles = _tiles("lowpass", source)
-        along_rows, along_cols, flat = source.steps
+        tiles = _tiles("lowpass", source, product)
+        numbers, layout = source.arguments()
         block_n = _block_n(weights.columns)
         kernels.forward_kernel[(source.blocks(tiles), weights.columns // block_n)](
-            source.data, weights.data, y, source.channels, *source.strides[:2], along_rows, along_cols,
-            SCALES=tuple(scales), HEIGHT=source.height, WIDTH=source.width, CELLS=cells, N=weights.columns,
-            PIECES=weights.pieces, AVERAGE=row_filters is None, FLAT=flat, PRODUCT=runtime.in_triton(product),
-            PRECISION=runtime.precision(product), SUM=runtime.in_triton(accumulator(x.dtype)),
-            BLOCK_N=block_n, **tiles,
+            source.data, weights.data, y, *numbers, SCALES=tuple(scales), CELLS=cells, N=weights.columns,
+            PIECES=weights.pieces, AVERAGE=row_filters is None, PRODUCT=runtime.in_triton(product),
+            PRECISION=runtime.precision(product, as_matmul=False), SUM=runtime.in_triton(accumulator(x.dtype)),
+            BLOCK_N=block_n, **layout, **tiles,
         )  # fmt: skip
     return y
 
@@ -108,17 +114,16 @@ def lowpass_input_grad(
     with runtime.on_device(grad):
         weights = _weights(target, scales, row_filters, col_filters, mean=True)
         product = weights.data.dtype
-        tiles = _tiles("lowpass_input_grad", target)
+        tiles = _tiles("lowpass_input_grad", target, product)
         images, blocks_k = target.blocks(tiles), triton.cdiv(target.size, tiles["BLOCK_K"])
         # Enough programs for every multiprocessor; more would only read dY again.
         splits = min(blocks_k, triton.cdiv(4 * runtime.chip(grad.device).multiprocessors, images))
-        along_rows, along_cols, flat = target.steps
+        numbers, layout = target.arguments()
         kernels.input_grad_kernel[(images, splits)](
-            grad, weights.data, target.data, target.channels, *target.strides[:2], along_rows, along_cols,
-            WIDTH=target.width, SIZE=target.size, CELLS=grad.shape[1], N=weights.columns, PIECES=weights.pieces,
-            FLAT=flat, PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product),
-            SUM=runtime.in_triton(accumulator(grad.dtype)), BLOCK_N=_block_n(weights.columns),
-            STEPS=triton.cdiv(blocks_k, splits), **tiles,
+            grad, weights.data, target.data, *numbers, triton.cdiv(blocks_k, splits), CELLS=grad.shape[1],
+            N=weights.columns, PIECES=weights.pieces, PRODUCT=runtime.in_triton(product),
+            PRECISION=runtime.precision(product, as_matmul=False), SUM=runtime.in_triton(accumulator(grad.dtype)),
+            BLOCK_N=_block_n(weights.columns), **layout, **tiles,
         )  # fmt: skip
     return grad_x
 
@@ -138,30 +143,29 @@ def lowpass_filter_grad(
     product, total = runtime.raised(x.dtype), accumulator(x.dtype)
     columns = _columns(grad.shape[1])
     block_n = _block_n(columns)
-    tiles = _tiles("lowpass_filter_grad", source)
-    along_rows, along_cols, flat = source.steps
+    tiles = _tiles("lowpass_filter_grad", source, product)
+    numbers, layout = source.arguments()
     with runtime.on_device(x):
         blocks, blocks_k = source.blocks(tiles), triton.cdiv(source.size, tiles["BLOCK_K"])
         parts = min(blocks, triton.cdiv(2 * runtime.chip(x.device).multiprocessors, blocks_k))
         of_weights = grad.new_empty(parts, columns, source.size, dtype=total)
         kernels.weights_grad_kernel[(blocks_k, parts, columns // block_n)](
-            grad, source.data, of_weights, source.batch, source.channels, *source.strides[:2], along_rows, along_cols,
-            WIDTH=source.width, SIZE=source.size, CELLS=grad.shape[1], N=columns, FLAT=flat,
-            PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product), SUM=runtime.in_triton(total),
-            BLOCK_N=block_n, **tiles,
+            grad, source.data, of_weights, source.batch, *numbers, CELLS=grad.shape[1], N=columns,
+            PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product, as_matmul=False), SUM=runtime.in_triton(total),
+            BLOCK_N=block_n, **layout, **tiles,
         )  # fmt: skip
         kernels.filter_grads_kernel[(sum(scales),)](
-            of_weights.sum(0), row_filters.contiguous(), col_filters.contiguous(), *grads,
-            SCALES=tuple(scales), HEIGHT=source.height, WIDTH=source.width, SUM=runtime.in_triton(total),
+            of_weights.sum(0), row_filters.contiguous(), col_filters.contiguous(), *grads, source.height, source.width,
+            SCALES=tuple(scales), SUM=runtime.in_triton(total),
             BLOCK_H=16, BLOCK_W=triton.next_power_of_2(source.width),
         )  # fmt: skip
     return grads
 
 
-def _tiles(kernel: str, source: _Map) -> dict[str, int]:
-    """Tiles no larger than the map, and no smaller than tl.dot takes."""
+def _tiles(kernel: str, source: _Map, product: torch.dtype) -> dict[str, int]:
+    """Tiles no larger than the map, and no smaller than tl.dot takes, for products of this type."""
     architecture = runtime.chip(source.data.device).capability
-    tiles = tiling.tiles(kernel, str(source.data.element_size()), architecture)
+    tiles = tiling.tiles(kernel, str(product.itemsize), architecture)
     sizes = {"BLOCK_C": source.channels, "BLOCK_K": source.size}
     return tiles | {name: max(16, min(tiles[name], triton.next_power_of_2(sizes[name]))) for name in sizes}
 
@@ -208,11 +212,12 @@ def _make_weights(
     columns = _columns(sum(s * s for s in scales))
     data = torch.empty(pieces, height * width, columns, dtype=dtype, device=device)
     filtered = row_filters is not None and col_filters is not None
+    mean = mean and not filtered
     block_n = _block_n(columns)
     block_k = tiling.tiles("weights", "any", runtime.chip(device).capability)["BLOCK_K"]
     kernels.weights_kernel[(triton.cdiv(height * width, block_k), columns // block_n)](
         row_filters.contiguous() if filtered else data, col_filters.contiguous() if filtered else data, data,
-        SCALES=scales, HEIGHT=height, WIDTH=width, N=columns, PIECES=pieces, FILTERED=filtered, MEAN=mean,
+        height, width, SCALES=scales, N=columns, PIECES=pieces, FILTERED=filtered, MEAN=mean,
         SUM=runtime.in_triton(accumulator(dtype)), BLOCK_K=block_k, BLOCK_N=block_n,
     )  # fmt: skip
     return _Weights(data, pieces)

@@ -22,21 +22,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _cells(cell, SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _cells(cell, height, width, SCALES: tl.constexpr):
     """Of each cell: its rows in the stacked filters, and its window's bounds, empty past the last cell."""
     row_filter, col_filter = cell * 0, cell * 0
     top, bottom, left, right = cell * 0, cell * 0, cell * 0, cell * 0
     first, filters = 0, 0
     for n in tl.static_range(len(SCALES)):
-        scale: tl.constexpr = SCALES[n]
-        here = (cell >= first) & (cell < first + scale * scale)
-        i, j = (cell - first) // scale, (cell - first) % scale
+        here = (cell >= first) & (cell < first + SCALES[n] * SCALES[n])
+        i, j = (cell - first) // SCALES[n], (cell - first) % SCALES[n]
         row_filter, col_filter = tl.where(here, filters + i, row_filter), tl.where(here, filters + j, col_filter)
-        top = tl.where(here, i * HEIGHT // scale, top)
-        bottom = tl.where(here, ((i + 1) * HEIGHT + scale - 1) // scale, bottom)
-        left = tl.where(here, j * WIDTH // scale, left)
-        right = tl.where(here, ((j + 1) * WIDTH + scale - 1) // scale, right)
-        first, filters = first + scale * scale, filters + scale
+        top = tl.where(here, i * height // SCALES[n], top)
+        bottom = tl.where(here, ((i + 1) * height + SCALES[n] - 1) // SCALES[n], bottom)
+        left = tl.where(here, j * width // SCALES[n], left)
+        right = tl.where(here, ((j + 1) * width + SCALES[n] - 1) // SCALES[n], right)
+        first, filters = first + SCALES[n] * SCALES[n], filters + SCALES[n]
     return row_filter, col_filter, top, bottom, left, right
 
 
@@ -50,34 +49,51 @@ def _areas(top, bottom, left, right, SUM: tl.constexpr):
 def _divide(numerator, denominator):
     """Rounded to nearest; Triton's own division of float32 is two units off."""
     if numerator.dtype == tl.float64:
-        return numerator / denominator
-    return tl.div_rn(numerator, denominator)
+        quotient = numerator / denominator
+    else:
+        quotient = tl.div_rn(numerator, denominator)
+    return quotient
 
 
 @triton.jit
-def _positions(k, stride_h, stride_w, WIDTH: tl.constexpr, FLAT: tl.constexpr):
+def _positions(k, stride_h, stride_w, width, FLAT: tl.constexpr):
     """Offsets of positions inside a channel's map; FLAT where rows follow each other without a gap."""
     if FLAT:
-        return k * stride_w
-    return (k // WIDTH) * stride_h + (k % WIDTH) * stride_w
+        offset = k * stride_w
+    else:
+        offset = (k // width) * stride_h + (k % width) * stride_w
+    return offset
+
+
+@triton.jit
+def _even(size, channels, stride_b, stride_c, stride_h, stride_w, INNER: tl.constexpr, EVEN: tl.constexpr):
+    """The same numbers, in a form that shows the compiler that EVEN divides them, which widens accesses; INNER names
+    what lies next to each other. Hints on arguments are lost where a function is inlined, products are not."""
+    stride_b = stride_b // EVEN * EVEN
+    if INNER == "positions":
+        size, stride_c = size // EVEN * EVEN, stride_c // EVEN * EVEN
+    if INNER == "channels":
+        channels = channels // EVEN * EVEN
+        stride_h, stride_w = stride_h // EVEN * EVEN, stride_w // EVEN * EVEN
+    return size, channels, stride_b, stride_c, stride_h, stride_w
 
 
 @triton.jit
 def weights_kernel(
-    row_filters, col_filters, weights,
-    SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr,
-    FILTERED: tl.constexpr, MEAN: tl.constexpr, SUM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    row_filters, col_filters, weights, height, width,
+    SCALES: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FILTERED: tl.constexpr, MEAN: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """M as PIECES matrices (HEIGHT * WIDTH, N) that sum to it; the average's windows, divided by their size if MEAN."""
+    """M as PIECES matrices (height * width, N) that sum to it; the average's windows, divided by their size if MEAN."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     cell = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = k < HEIGHT * WIDTH
-    row_filter, col_filter, top, bottom, left, right = _cells(cell, SCALES, HEIGHT, WIDTH)
-    h, w = (k // WIDTH)[:, None], (k % WIDTH)[:, None]
+    inside = k < height * width
+    row_filter, col_filter, top, bottom, left, right = _cells(cell, height, width, SCALES)
+    h, w = (k // width)[:, None], (k % width)[:, None]
     if FILTERED:
         mask = inside[:, None] & (bottom > top)[None, :]
-        along_rows = tl.load(row_filters + row_filter[None, :] * HEIGHT + h, mask=mask, other=0.0)
-        along_cols = tl.load(col_filters + col_filter[None, :] * WIDTH + w, mask=mask, other=0.0)
+        along_rows = tl.load(row_filters + row_filter[None, :] * height + h, mask=mask, other=0.0)
+        along_cols = tl.load(col_filters + col_filter[None, :] * width + w, mask=mask, other=0.0)
         value = along_rows * along_cols
     else:
         covered = (h >= top[None, :]) & (h < bottom[None, :]) & (w >= left[None, :]) & (w < right[None, :])
@@ -86,21 +102,22 @@ def weights_kernel(
             value = _divide(value, _areas(top, bottom, left, right, SUM)[None, :])
     for n in tl.static_range(PIECES):
         piece = value.to(weights.dtype.element_ty)
-        place = n * HEIGHT * WIDTH * N + k[:, None] * N + cell[None, :]
+        place = n * height * width * N + k[:, None] * N + cell[None, :]
         tl.store(weights + place, piece, mask=inside[:, None])
         value -= piece.to(value.dtype)
 
 
 @triton.jit
 def forward_kernel(
-    x, weights, y, channels, stride_b, stride_c, stride_h, stride_w,
-    SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr,
-    PIECES: tl.constexpr, AVERAGE: tl.constexpr, FLAT: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weights, y, channels, height, width, stride_b, stride_c, stride_h, stride_w,
+    SCALES: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, AVERAGE: tl.constexpr,
+    FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one image, all its positions, BLOCK_N cells: all of them where scales are few."""
     COMPENSATED: tl.constexpr = x.dtype.element_ty.primitive_bitwidth >= 32
-    SIZE: tl.constexpr = HEIGHT * WIDTH
+    size, channels, stride_b, stride_c, stride_h, stride_w = _even(
+        height * width, channels, stride_b, stride_c, stride_h, stride_w, INNER, EVEN
+    )
     blocks_c = tl.cdiv(channels, BLOCK_C)
     image = (tl.program_id(0) // blocks_c).to(tl.int64)
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -108,15 +125,15 @@ def forward_kernel(
     maps = x + image * stride_b + c[:, None].to(tl.int64) * stride_c
     sums = tl.zeros((BLOCK_C, BLOCK_N), SUM)
     lost = tl.zeros((BLOCK_C, BLOCK_N), SUM)
-    for k0 in tl.range(0, SIZE, BLOCK_K):
+    for k0 in tl.range(0, size, BLOCK_K):
         k = k0 + step
-        mask = (c < channels)[:, None] & (k < SIZE)[None, :]
-        tile = tl.load(maps + _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :], mask=mask, other=0.0)
+        mask = (c < channels)[:, None] & (k < size)[None, :]
+        tile = tl.load(maps + _positions(k, stride_h, stride_w, width, FLAT)[None, :], mask=mask, other=0.0)
         # Four-byte results show the rounding of a sum of thousands, so theirs is taken with compensation (Kahan).
         part = tl.zeros((BLOCK_C, BLOCK_N), SUM) if COMPENSATED else sums
         for n in tl.static_range(PIECES):
-            place = weights + n * SIZE * N + k[:, None] * N + cell[None, :]
-            piece = tl.load(place, mask=(k < SIZE)[:, None], other=0.0)
+            place = weights + n * size * N + k[:, None] * N + cell[None, :]
+            piece = tl.load(place, mask=(k < size)[:, None], other=0.0)
             part = tl.dot(tile.to(PRODUCT), piece, part, input_precision=PRECISION, out_dtype=SUM)
         if COMPENSATED:
             part -= lost
@@ -131,15 +148,15 @@ def forward_kernel(
         if tl.max(tl.where(tl.abs(sums) < float("inf"), 0, 1)) > 0:
             for n in tl.range(tl.program_id(1) * BLOCK_N, tl.minimum(CELLS, (tl.program_id(1) + 1) * BLOCK_N)):
                 column = tl.zeros((BLOCK_C,), SUM)
-                for k0 in tl.range(0, SIZE, BLOCK_K):
+                for k0 in tl.range(0, size, BLOCK_K):
                     k = k0 + step
-                    mask = (c < channels)[:, None] & (k < SIZE)[None, :]
-                    offset = _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :]
+                    mask = (c < channels)[:, None] & (k < size)[None, :]
+                    offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
                     tile = tl.load(maps + offset, mask=mask, other=0.0).to(SUM)
-                    weight = tl.load(weights + k * N + n, mask=k < SIZE, other=0.0)
+                    weight = tl.load(weights + k * N + n, mask=k < size, other=0.0)
                     column += tl.sum(tl.where(weight[None, :] != 0, tile, 0.0), 1)
                 sums = tl.where((cell == n)[None, :], column[:, None], sums)
-        _row, _col, top, bottom, left, right = _cells(cell, SCALES, HEIGHT, WIDTH)
+        _row, _col, top, bottom, left, right = _cells(cell, height, width, SCALES)
         sums = _divide(sums, _areas(top, bottom, left, right, SUM)[None, :])
 
     place = y + image * CELLS * channels + cell[None, :] * channels + c[:, None]
@@ -148,12 +165,15 @@ def forward_kernel(
 
 @triton.jit
 def input_grad_kernel(
-    grad, weights, grad_x, channels, stride_b, stride_c, stride_h, stride_w,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr,
-    FLAT: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    grad, weights, grad_x, channels, height, width, stride_b, stride_c, stride_h, stride_w, steps,
+    CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of one image, STEPS blocks of positions; dY's tile is read once if cells are few."""
+    """One program: BLOCK_C channels of one image, `steps` blocks of positions; dY's tile is read once if cells are few."""
+    size, channels, stride_b, stride_c, stride_h, stride_w = _even(
+        height * width, channels, stride_b, stride_c, stride_h, stride_w, INNER, EVEN
+    )
     blocks_c = tl.cdiv(channels, BLOCK_C)
     image = (tl.program_id(0) // blocks_c).to(tl.int64)
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -162,33 +182,35 @@ def input_grad_kernel(
     mask = (c < channels)[:, None] & (cell < CELLS)[None, :]
     upstream = tl.load(place, mask=mask, other=0.0).to(PRODUCT)
     maps = grad_x + image * stride_b + c[:, None].to(tl.int64) * stride_c
-    for block in tl.range(0, STEPS):
-        k = (tl.program_id(1) * STEPS + block) * BLOCK_K + tl.arange(0, BLOCK_K)
+    for block in tl.range(0, steps):
+        k = (tl.program_id(1) * steps + block) * BLOCK_K + tl.arange(0, BLOCK_K)
         tile = tl.zeros((BLOCK_C, BLOCK_K), SUM)
         for n0 in tl.static_range(0, N, BLOCK_N):
             if N > BLOCK_N:
-                mask = (c < channels)[:, None] & (n0 + cell < CELLS)[None, :]
-                upstream = tl.load(place + n0 * channels, mask=mask, other=0.0).to(PRODUCT)
+                there = (c < channels)[:, None] & (n0 + cell < CELLS)[None, :]
+                upstream = tl.load(place + n0 * channels, mask=there, other=0.0).to(PRODUCT)
             for n in tl.static_range(PIECES):
-                from_weights = weights + n * SIZE * N + k[None, :] * N + n0 + cell[:, None]
-                piece = tl.load(from_weights, mask=(k < SIZE)[None, :], other=0.0)
+                from_weights = weights + n * size * N + k[None, :] * N + n0 + cell[:, None]
+                piece = tl.load(from_weights, mask=(k < size)[None, :], other=0.0)
                 tile = tl.dot(upstream, piece, tile, input_precision=PRECISION, out_dtype=SUM)
-        offset = _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :]
-        mask = (c < channels)[:, None] & (k < SIZE)[None, :]
-        tl.store(maps + offset, tile.to(grad_x.dtype.element_ty), mask=mask)
+        offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
+        inside = (c < channels)[:, None] & (k < size)[None, :]
+        tl.store(maps + offset, tile.to(grad_x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def weights_grad_kernel(
-    grad, x, parts, batch, channels, stride_b, stride_c, stride_h, stride_w,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    grad, x, parts, batch, channels, height, width, stride_b, stride_c, stride_h, stride_w,
+    CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of dM, summed over every so many-th (image, block of channels)."""
+    size, channels, stride_b, stride_c, stride_h, stride_w = _even(
+        height * width, channels, stride_b, stride_c, stride_h, stride_w, INNER, EVEN
+    )
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     cell = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offset = _positions(k, stride_h, stride_w, WIDTH, FLAT)[None, :]
+    offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
     blocks_c = tl.cdiv(channels, BLOCK_C)
     sums = tl.zeros((BLOCK_N, BLOCK_K), SUM)
     for block in tl.range(tl.program_id(1), batch * blocks_c, tl.num_programs(1)):
@@ -198,17 +220,16 @@ def weights_grad_kernel(
         mask = (cell < CELLS)[:, None] & (c < channels)[None, :]
         upstream = tl.load(place, mask=mask, other=0.0).to(PRODUCT)
         maps = x + image * stride_b + c[:, None].to(tl.int64) * stride_c
-        mask = (c < channels)[:, None] & (k < SIZE)[None, :]
-        tile = tl.load(maps + offset, mask=mask, other=0.0).to(PRODUCT)
+        inside = (c < channels)[:, None] & (k < size)[None, :]
+        tile = tl.load(maps + offset, mask=inside, other=0.0).to(PRODUCT)
         sums = tl.dot(upstream, tile, sums, input_precision=PRECISION, out_dtype=SUM)
-    place = parts + tl.program_id(1).to(tl.int64) * N * SIZE + cell[:, None] * SIZE + k[None, :]
-    tl.store(place, sums, mask=(k < SIZE)[None, :])
+    place = parts + tl.program_id(1).to(tl.int64) * N * size + cell[:, None] * size + k[None, :]
+    tl.store(place, sums, mask=(k < size)[None, :])
 
 
 @triton.jit
 def filter_grads_kernel(
-    weights_grad, row_filters, col_filters, grad_rows, grad_cols,
-    SCALES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SUM: tl.constexpr,
+    weights_grad, row_filters, col_filters, grad_rows, grad_cols, height, width, SCALES: tl.constexpr, SUM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """dR[i, h] = sum_jw dM[(i, j), h, w] K[j, w] and dK[j, w] = sum_ih dM[(i, j), h, w] R[i, h], one row a program."""
@@ -216,22 +237,21 @@ def filter_grads_kernel(
     w = tl.arange(0, BLOCK_W)
     first, filters = 0, 0
     for n in tl.static_range(len(SCALES)):
-        scale: tl.constexpr = SCALES[n]
-        if (row >= filters) & (row < filters + scale):
+        if (row >= filters) & (row < filters + SCALES[n]):
             own = row - filters
             of_col = tl.zeros((BLOCK_W,), SUM)
-            for h0 in tl.range(0, HEIGHT, BLOCK_H):
+            for h0 in tl.range(0, height, BLOCK_H):
                 h = h0 + tl.arange(0, BLOCK_H)
-                mask = (h < HEIGHT)[:, None] & (w < WIDTH)[None, :]
+                mask = (h < height)[:, None] & (w < width)[None, :]
                 of_row = tl.zeros((BLOCK_H,), SUM)
-                for other in tl.static_range(scale):
-                    place = h[:, None] * WIDTH + w[None, :]
-                    as_row = weights_grad + (first + own * scale + other) * HEIGHT * WIDTH + place
-                    along_cols = tl.load(col_filters + (filters + other) * WIDTH + w, mask=w < WIDTH, other=0.0)
+                for other in tl.static_range(tl.constexpr(SCALES[n])):
+                    place = h[:, None] * width + w[None, :]
+                    as_row = weights_grad + (first + own * SCALES[n] + other) * height * width + place
+                    along_cols = tl.load(col_filters + (filters + other) * width + w, mask=w < width, other=0.0)
                     of_row += tl.sum(tl.load(as_row, mask=mask, other=0.0) * along_cols[None, :], 1)
-                    as_col = weights_grad + (first + other * scale + own) * HEIGHT * WIDTH + place
-                    along_rows = tl.load(row_filters + (filters + other) * HEIGHT + h, mask=h < HEIGHT, other=0.0)
+                    as_col = weights_grad + (first + other * SCALES[n] + own) * height * width + place
+                    along_rows = tl.load(row_filters + (filters + other) * height + h, mask=h < height, other=0.0)
                     of_col += tl.sum(tl.load(as_col, mask=mask, other=0.0) * along_rows[:, None], 0)
-                tl.store(grad_rows + row * HEIGHT + h, of_row, mask=h < HEIGHT)
-            tl.store(grad_cols + row * WIDTH + w, of_col, mask=w < WIDTH)
-        first, filters = first + scale * scale, filters + scale
+                tl.store(grad_rows + row * height + h, of_row, mask=h < height)
+            tl.store(grad_cols + row * width + w, of_col, mask=w < width)
+        first, filters = first + SCALES[n] * SCALES[n], filters + SCALES[n]

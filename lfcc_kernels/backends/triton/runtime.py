@@ -55,8 +55,14 @@ def in_triton(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def precision(dtype: torch.dtype, allow_tf32: bool = False) -> str:
-    """`input_precision` of tl.dot: three TF32 products keep nearly all digits of float32 on tensor cores."""
+def precision(dtype: torch.dtype, as_matmul: bool) -> str:
+    """`input_precision` of tl.dot: three TF32 products keep nearly all digits of float32 on tensor cores, one is for
+    products that torch's own setting allows it for."""
     if INTERPRET or dtype != torch.float32:
         return "ieee"
-    return "tf32" if allow_tf32 else "tf32x3"
+    return "tf32" if as_matmul and _allows_tf32() else "tf32x3"
+
+
+def _allows_tf32() -> bool:
+    setting = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if setting == "none" else setting) == "tf32"

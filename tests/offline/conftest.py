@@ -1,0 +1,35 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from measure import Kernel, load
+
+TABLE = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    """All launches, failed ones included. Another process: here kernels may be decorated for the interpreter."""
+    result = tmp_path_factory.mktemp("offline") / "kernels.json"
+    script = Path(__file__).with_name("harness.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, script, "--json", result], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.exists(), run.stderr
+    request.config.stash[TABLE] = run.stdout
+    return load(result.read_text())
+
+
+@pytest.fixture
+def kernels(launches: list[Kernel]) -> list[Kernel]:
+    return [kernel for kernel in launches if not kernel.error]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What the compiled kernels need, whether or not a test failed."""
+    if table := config.stash.get(TABLE, ""):
+        terminalreporter.section("Triton kernels, compiled without a GPU")
+        terminalreporter.write(table)
