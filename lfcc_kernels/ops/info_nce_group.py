@@ -65,7 +65,7 @@ def _(students, teachers, temperature, student_ids, teacher_ids, positive_offset
 
 
 def _setup_context(ctx, inputs, output):
-    students, teachers, temperature, *_ = inputs
+    students, _teachers, temperature, *_ = inputs
     _losses, student_grads, temperature_grads, columns = output
     ctx.widths, ctx.dtype = [student.shape[1] for student in students], students[0].dtype
     ctx.mark_non_differentiable(student_grads, temperature_grads, columns)

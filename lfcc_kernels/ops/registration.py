@@ -51,7 +51,7 @@ def register_fake(name: str, backends: Sequence[str] = tuple(OVERLOADS)) -> Call
 def register_autograd(
     name: str, setup_context: Callable, backward: Callable, backends: Sequence[str] = tuple(OVERLOADS)
 ) -> None:
-    """Derivative of an op for these backends' overloads; `backward` gets the backend's name before ctx and gradients."""
+    """Derivative of an op for these backends' overloads; `backward` gets the backend's name before its ctx."""
     for backend in backends:
         torch.library.register_autograd(
             f"lfcc::{name}{OVERLOADS[backend]}",

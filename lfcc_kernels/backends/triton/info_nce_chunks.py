@@ -25,8 +25,8 @@ from lfcc_kernels.backends.triton.tiles import table
 
 @triton.jit
 def _tile(
-    products, factors, inverse_temperature, row, col, row_ids, key_ids, batch, key_count, first_row, rows, positive_offset,
-    split, HAS_IDS: tl.constexpr, SPLITS: tl.constexpr, SUM: tl.constexpr,
+    products, factors, inverse_temperature, row, col, row_ids, key_ids, batch, key_count, first_row, rows,
+    positive_offset, split, HAS_IDS: tl.constexpr, SPLITS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile, which of them count, and which are positives; `row` counts from the start of the chunk."""
     of_chunk = row < rows
@@ -103,8 +103,8 @@ def one_pass_kernel(
         for k0 in tl.range(0, key_count, BLOCK_K):
             col = k0 + tl.arange(0, BLOCK_K)
             logits, kept, positive, along_cols = _tile(
-                products, factors, scale, row, col, row_ids, key_ids, batch, key_count, first_row, rows, positive_offset,
-                split, HAS_IDS, SPLITS, SUM,
+                products, factors, scale, row, col, row_ids, key_ids, batch, key_count, first_row, rows,
+                positive_offset, split, HAS_IDS, SPLITS, SUM,
             )  # fmt: skip
             share = tl.where(kept, tl.exp(logits - lse[:, None]), 0.0)
             weight = tl.where(positive, -(others / total)[:, None], share) * along_cols[None, :] * GAIN
@@ -261,7 +261,8 @@ def _softmax(
     one_pass_kernel[(triton.cdiv(len(products), block["BLOCK_B"]),)](
         products, pair.factors, pair.inverse_temperature, *pair.ids, losses, row_lse, positives, temperature_grad,
         products if weights is None else weights, pair.batch, pair.keys, first, len(products), pair.positive_offset, 1,
-        HAS_IDS=pair.has_ids, GRAD=weights is not None, GAIN=pair.gain, SPLITS=1, SUM=runtime.in_triton(pair.total), **block,
+        HAS_IDS=pair.has_ids, GRAD=weights is not None, GAIN=pair.gain, SPLITS=1,
+        SUM=runtime.in_triton(pair.total), **block,
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ together. The positive is kept out of the product: its weight, minus the share o
 Bytes: the other side's rows from L2 once a block of rows, so BLOCK_B D FLOPs a byte at two bytes.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,9 +57,7 @@ def one_pass_kernel(
         if GRAD:
             slope = slope * shrink + tl.sum(tl.where(negative, share * logits, 0.0), 1)
             weight = (share * factor[None, :] * GAIN).to(other.dtype.element_ty).to(PRODUCT)
-            sums = tl.dot(
-                weight, keys.to(PRODUCT), sums * shrink[:, None], input_precision=PRECISION, out_dtype=SUM
-            )
+            sums = tl.dot(weight, keys.to(PRODUCT), sums * shrink[:, None], input_precision=PRECISION, out_dtype=SUM)
         highest = peak
     place = tl.program_id(1) * own_count + row
     tl.store(peaks + place, highest, mask=inside)

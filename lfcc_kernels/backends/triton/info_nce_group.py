@@ -91,9 +91,7 @@ def products_kernel(
         mask = (d0 + step < padded)[None, :]
         queries = tl.load(students + (d0 + step)[None, :], mask=mask & (row < batch)[:, None], other=0.0)
         keys = tl.load(teachers + (d0 + step)[None, :], mask=mask & (col < key_count)[:, None], other=0.0)
-        sums = tl.dot(
-            queries.to(PRODUCT), tl.trans(keys.to(PRODUCT)), sums, input_precision=PRECISION, out_dtype=SUM
-        )
+        sums = tl.dot(queries.to(PRODUCT), tl.trans(keys.to(PRODUCT)), sums, input_precision=PRECISION, out_dtype=SUM)
     part = (split * tl.num_programs(2) + group).to(tl.int64) * batch * key_count
     place = products + part + row[:, None].to(tl.int64) * key_count + col[None, :]
     tl.store(place, sums, mask=(row < batch)[:, None] & (col < key_count)[None, :])
@@ -120,9 +118,7 @@ def sums_kernel(
     total = tl.zeros((BLOCK_B, BLOCK_D), SUM)
     for k0 in tl.range(0, key_count, BLOCK_K):
         key = k0 + step
-        weight = tl.load(
-            of_rows + key[None, :], mask=(row < batch)[:, None] & (key < key_count)[None, :], other=0.0
-        )
+        weight = tl.load(of_rows + key[None, :], mask=(row < batch)[:, None] & (key < key_count)[None, :], other=0.0)
         mask = (key < key_count)[:, None] & (d < padded)[None, :]
         values = tl.load(teachers + key[:, None].to(tl.int64) * padded, mask=mask, other=0.0)
         total = tl.dot(weight.to(PRODUCT), values.to(PRODUCT), total, input_precision=PRECISION, out_dtype=SUM)
@@ -216,7 +212,7 @@ def _together(
     def block(kernel: str) -> dict[str, int]:
         return tiles(kernel, str(first.element_size()), runtime.chip(first.device).capability)
 
-    given, tile = rows.temperature_for_kernel(temperature, numbers), block("pack")
+    given, tile = rows.given_temperature(temperature, numbers), block("pack")
     pack_kernel[(triton.cdiv(batch, tile["BLOCK_B"]) + triton.cdiv(keys, tile["BLOCK_B"]), groups)](
         tuple(students), tuple(teachers), tuple(s.stride(0) for s in students), tuple(t.stride(0) for t in teachers),
         given, packed_rows, *numbers, inverse_temperature, batch, keys, NORMALIZE=normalize,

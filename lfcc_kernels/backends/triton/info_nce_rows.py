@@ -217,7 +217,7 @@ def pack(
     packed = student.new_empty(batch + keys, padded)
     numbers = student.new_empty(3, batch + keys, dtype=total)
     inverse_temperature = numbers.new_empty(1)
-    given = temperature_for_kernel(temperature, numbers)
+    given = given_temperature(temperature, numbers)
     block = tiles("pack", str(student.element_size()), runtime.chip(student.device).capability)
     pack_kernel[(triton.cdiv(batch, block["BLOCK_B"]) + triton.cdiv(keys, block["BLOCK_B"]),)](
         student, teacher, given, packed, packed[batch:], *numbers, inverse_temperature, batch, keys, width, padded,
@@ -240,7 +240,7 @@ def finish(pair: Pair, sums: Tensor, of_teacher: bool, magnitude: Tensor | None,
     )  # fmt: skip
 
 
-def temperature_for_kernel(temperature: Tensor, numbers: Tensor) -> Tensor | float:
+def given_temperature(temperature: Tensor, numbers: Tensor) -> Tensor | float:
     """As the kernel takes it: by value from the CPU, so that nothing waits for a copy, else where it lies."""
     if temperature.device.type != "cpu":
         return temperature

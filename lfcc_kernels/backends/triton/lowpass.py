@@ -151,8 +151,8 @@ def lowpass_filter_grad(
         of_weights = grad.new_empty(parts, columns, source.size, dtype=total)
         kernels.weights_grad_kernel[(blocks_k, parts, columns // block_n)](
             grad, source.data, of_weights, source.batch, *numbers, CELLS=grad.shape[1], N=columns,
-            PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product, as_matmul=False), SUM=runtime.in_triton(total),
-            BLOCK_N=block_n, **layout, **tiles,
+            PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product, as_matmul=False),
+            SUM=runtime.in_triton(total), BLOCK_N=block_n, **layout, **tiles,
         )  # fmt: skip
         kernels.filter_grads_kernel[(sum(scales),)](
             of_weights.sum(0), row_filters.contiguous(), col_filters.contiguous(), *grads, source.height, source.width,

@@ -48,21 +48,13 @@ def _areas(top, bottom, left, right, SUM: tl.constexpr):
 @triton.jit
 def _divide(numerator, denominator):
     """Rounded to nearest; Triton's own division of float32 is two units off."""
-    if numerator.dtype == tl.float64:
-        quotient = numerator / denominator
-    else:
-        quotient = tl.div_rn(numerator, denominator)
-    return quotient
+    return numerator / denominator if numerator.dtype == tl.float64 else tl.div_rn(numerator, denominator)
 
 
 @triton.jit
 def _positions(k, stride_h, stride_w, width, FLAT: tl.constexpr):
     """Offsets of positions inside a channel's map; FLAT where rows follow each other without a gap."""
-    if FLAT:
-        offset = k * stride_w
-    else:
-        offset = (k // width) * stride_h + (k % width) * stride_w
-    return offset
+    return k * stride_w if FLAT else (k // width) * stride_h + (k % width) * stride_w
 
 
 @triton.jit
@@ -111,9 +103,10 @@ def weights_kernel(
 def forward_kernel(
     x, weights, y, channels, height, width, stride_b, stride_c, stride_h, stride_w,
     SCALES: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, AVERAGE: tl.constexpr,
-    FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of one image, all its positions, BLOCK_N cells: all of them where scales are few."""
+    """One program: BLOCK_C channels of one image, all its positions, BLOCK_N cells: all of them if scales are few."""
     COMPENSATED: tl.constexpr = x.dtype.element_ty.primitive_bitwidth >= 32
     size, channels, stride_b, stride_c, stride_h, stride_w = _even(
         height * width, channels, stride_b, stride_c, stride_h, stride_w, INNER, EVEN
@@ -166,11 +159,11 @@ def forward_kernel(
 @triton.jit
 def input_grad_kernel(
     grad, weights, grad_x, channels, height, width, stride_b, stride_c, stride_h, stride_w, steps,
-    CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr,
+    EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of one image, `steps` blocks of positions; dY's tile is read once if cells are few."""
+    """One program: BLOCK_C channels of one image, `steps` blocks of positions; dY is read once if cells are few."""
     size, channels, stride_b, stride_c, stride_h, stride_w = _even(
         height * width, channels, stride_b, stride_c, stride_h, stride_w, INNER, EVEN
     )
@@ -201,7 +194,8 @@ def input_grad_kernel(
 @triton.jit
 def weights_grad_kernel(
     grad, x, parts, batch, channels, height, width, stride_b, stride_c, stride_h, stride_w,
-    CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of dM, summed over every so many-th (image, block of channels)."""
@@ -229,8 +223,8 @@ def weights_grad_kernel(
 
 @triton.jit
 def filter_grads_kernel(
-    weights_grad, row_filters, col_filters, grad_rows, grad_cols, height, width, SCALES: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    weights_grad, row_filters, col_filters, grad_rows, grad_cols, height, width,
+    SCALES: tl.constexpr, SUM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """dR[i, h] = sum_jw dM[(i, j), h, w] K[j, w] and dK[j, w] = sum_ih dM[(i, j), h, w] R[i, h], one row a program."""
     row = tl.program_id(0)
