@@ -9,6 +9,7 @@ _COMMANDS = {
     "inspect": "taps of a timm model: widths, grids, prefix tokens",
     "distill": "train a student with a teacher",
     "report": "a page of tables and curves from run folders",
+    "bench": "measure the Triton kernels' tiles on this GPU",
 }
 
 
@@ -34,7 +35,8 @@ def _run(argv: list[str]) -> None:
         from lfcc_kernels.distill.command import distill
 
         return distill(argv[1:])
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.command == "info":
         from lfcc_kernels.info import report
 
@@ -47,6 +49,12 @@ def _run(argv: list[str]) -> None:
         from lfcc_kernels.distill.report import write_report
 
         write_report(args.run, args.output)
+    elif args.command == "bench":
+        if not args.tune:
+            parser.error("bench: --tune is what there is for now; `make bench` or `python -m benchmarks` measures")
+        from lfcc_kernels.backends.triton.tuning import tune
+
+        tune(args.output)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     add["inspect"].add_argument("--img-size", type=int, metavar="PX", help="side of the images")
     add["report"].add_argument("run", nargs="+", help="run folder")
     add["report"].add_argument("-o", "--output", default="report", help="folder for the page (%(default)s)")
+    tune = "time tiles and crossovers on this GPU and write its table; a few minutes, and again goes on from there"
+    add["bench"].add_argument("--tune", action="store_true", help=tune)
+    add["bench"].add_argument("-o", "--output", metavar="FILE", help="table to write (the package's own for this GPU)")
     return parser
 
 

@@ -8,7 +8,7 @@ import re
 import torch
 
 import lfcc_kernels
-from lfcc_kernels.backends import native
+from lfcc_kernels.backends import native, triton
 
 _DISTRIBUTION = "lfcc-kernels"
 
@@ -44,8 +44,19 @@ def _backends() -> dict[str, str]:
     return {
         "eager": "available: plain PyTorch, any device",
         "cpu": f"not available: {native.missing}" if native.missing else "available: compiled, CPU tensors",
-        "in use": f"{chosen}, from LFCC_BACKEND" if chosen else "auto: cpu where it can serve, else eager",
+        "triton": f"not available: {triton.missing()}" if triton.missing() else f"available: {_triton()}",
+        "in use": f"{chosen}, from LFCC_BACKEND" if chosen else "auto: cpu or triton where they can serve, else eager",
     }
+
+
+def _triton() -> str:
+    version = importlib.metadata.version("triton")
+    if triton.INTERPRET:
+        return f"Triton {version} in its interpreter, CPU tensors, for tests"
+    from lfcc_kernels.backends.triton import runtime, tiles  # with a GPU, Triton is there to import
+
+    table = tiles.table(runtime.chip(torch.device("cuda")).capability)
+    return f"Triton {version} on {torch.cuda.get_device_name()}, tiles {table['source']}"
 
 
 def _build() -> dict[str, str]:

@@ -1,0 +1,97 @@
+"""`lfcc bench --tune`: measures tiles and crossovers on this GPU and writes them as its table.
+
+It needs no part of Triton to say that it cannot run. A table is written whole at the end, or not at all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lfcc_kernels
+from lfcc_kernels.backends import native
+from lfcc_kernels.backends.triton import INTERPRET, missing
+
+Tune = Callable[[], tuple[dict[str, Any], list[str]]]
+
+
+def tune(output: str | Path | None = None) -> None:
+    """Write the table of the current GPU to `output`, else to where the kernels look for it.
+
+    Raises:
+        ValueError: no GPU that the Triton backend serves, or no place to write to.
+    """
+    if INTERPRET:
+        raise ValueError("bench --tune measures a GPU, and TRITON_INTERPRET=1 is in the environment; unset it")
+    if reason := missing():
+        raise ValueError(f"bench --tune needs an NVIDIA GPU and Triton: {reason.partition(';')[0]}")
+    from lfcc_kernels.backends.triton import runtime, tiles
+    from lfcc_kernels.backends.triton.tuning_cases import Sizes
+    from lfcc_kernels.backends.triton.tuning_launches import DeviceClock
+    from lfcc_kernels.backends.triton.tuning_search import Tuner
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = runtime.chip(device).capability
+    path = Path(output) if output else tiles.table_path(architecture)
+    say(f"{torch.cuda.get_device_name()}: a few minutes, then {path}")
+    tuner = Tuner(tiles.table(architecture), Sizes(), DeviceClock(device), say)
+    write_table(path, architecture, tuner.tune, _source())
+
+
+def write_table(path: Path, architecture: int, tune: Tune, source: str) -> None:
+    """Put what `tune` finds into the file at `path`, which is left alone where it finds nothing or is interrupted."""
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"bench --tune: {path.parent} is no folder that can be written to; name a file with -o FILE")
+    try:
+        table, kept = tune()
+        names = {f"{kernel} {line}" for kernel, lines in table["kernels"].items() for line in lines}
+        if names <= set(kept):
+            raise ValueError(f"bench --tune: no kernel could be measured, {path} is as it was")
+        source += f"; not measured: {', '.join(kept)}" if kept else ""
+        table |= {"architecture": architecture, "source": source}
+        _replace(path, json.dumps(table, indent=1) + "\n")
+    except KeyboardInterrupt:
+        say(f"interrupted, {path} is as it was")
+        raise
+    say(f"wrote {path}" + (f"; as they were: {', '.join(kept)}" if kept else ""))
+
+
+def say(line: str) -> None:
+    """Progress, beside the output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is never there in part."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tune-") as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(text)
+        os.replace(whole, path)
+
+
+def _source() -> str:
+    """Where the numbers of a table come from."""
+    import triton
+
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, lfcc_kernels {lfcc_kernels.__version__}"
+    today = datetime.now(timezone.utc).date().isoformat()
+    return f"measured on {torch.cuda.get_device_name()}, {today}, {versions} {_commit()}".rstrip()
+
+
+def _commit() -> str:
+    """The commit of the checkout that this package runs from; empty for an installed one."""
+    root = native.PACKAGE.parent
+    if not (root / ".git").exists():
+        return ""
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""

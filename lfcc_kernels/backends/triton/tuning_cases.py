@@ -1,0 +1,217 @@
+"""What `lfcc bench --tune` times: ops as a training step calls them, each with eager as its oracle.
+
+Which tiles a case tunes is not written here: those that its launchers look up.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lfcc_kernels.backends import eager
+from lfcc_kernels.backends.triton import DEVICE
+from lfcc_kernels.backends.triton import info_nce as nce
+from lfcc_kernels.backends.triton import info_nce_group as group
+from lfcc_kernels.backends.triton import lowpass as lp
+
+Results = Sequence[Tensor]
+
+SCALES = [1, 2, 4]
+CELLS = sum(s * s for s in SCALES)
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# By shape class. float64 has no cases: torch serves it on a GPU.
+TYPES = {"2": torch.bfloat16, "4": torch.float32}
+# Deviation from eager, over its largest value, that is rounding.
+TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
+
+# Crossovers that leave one way.
+FUSED, CHUNKS = {"widest": 1 << 30, "fewest_rows": 0}, {"widest": 0, "fewest_rows": 0}
+TOGETHER, IN_TURN = 1 << 60, 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the cases. Those of pairs are rows of either side, and their width."""
+
+    maps: Sequence[tuple[str, tuple[int, int, int, int]]] = (
+        ("nchw", (256, 256, 56, 56)),
+        ("channels_last", (256, 256, 56, 56)),
+        ("nchw", (256, 1024, 14, 14)),
+    )
+    fused: Sequence[tuple[int, int]] = ((8192, 128), (1024, 128))
+    chunks: Sequence[tuple[int, int]] = ((8192, 128), (8192, 512), (1024, 512))
+    group: Sequence[int] = (128, 256)
+    group_channels: Sequence[int] = (64, 128, 256, 512)  # a stage each, and every scale of it a pair
+    crossover_rows: Sequence[int] = (512, 1024, 2048, 4096, 8192)
+    crossover_widths: Sequence[int] = (64, 128, 256, 512)
+    crossover_group: Sequence[int] = (64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: `ours` and `eager` take what `inputs` makes, and give the results to be compared."""
+
+    name: str
+    inputs: Callable[[], tuple]
+    ours: Callable[..., Results]
+    eager: Callable[..., Results]
+    tolerance: float
+    settings: Mapping[str, Any] = field(default_factory=dict)  # entries of the table that hold in this case
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """An entry of the table that decides between two ways."""
+
+    path: tuple[str, ...]
+    ways: tuple[Any, Any]  # what to write there for one and for the other
+    cases: Mapping[Hashable, Case]  # by where on the scale of the rule they lie
+    rules: Sequence[Any]  # from which to choose
+    takes_first: Callable[[Any, Any], bool]  # whether by this rule the first way is taken there
+
+
+def kernel_cases(sizes: Sizes) -> list[Case]:
+    """Cases that together run every kernel."""
+    cases: list[Case] = []
+    for dtype in TYPES.values():
+        for layout, size in sizes.maps:
+            cases += _lowpass_cases(layout, size, dtype)
+        for way, pairs in ((FUSED, sizes.fused), (CHUNKS, sizes.chunks)):
+            for rows, width in pairs:
+                cases += _info_nce_cases(rows, width, dtype, {"fused": dict.fromkeys(TYPES, way)})
+        cases += [_group_case(rows, sizes, dtype, {"group_products": TOGETHER}) for rows in sizes.group]
+    return cases
+
+
+def chunk_cases(sizes: Sizes) -> list[Case]:
+    """Cases whose time the size of a chunk decides."""
+    chunks = {"fused": dict.fromkeys(TYPES, CHUNKS)}
+    return [case for case in kernel_cases(sizes) if case.settings == chunks]
+
+
+def crossovers(sizes: Sizes) -> Iterator[Crossover]:
+    """Between fused tiles and chunks, by the type of the rows; and between pairs together and in turn."""
+    rules = [{"widest": w, "fewest_rows": r} for w in sizes.crossover_widths for r in sizes.crossover_rows]
+    for shape_class, dtype in TYPES.items():
+        yield Crossover(
+            path=("fused", shape_class),
+            ways=(FUSED, CHUNKS),
+            cases={
+                (rows, width): next(_info_nce_cases(rows, width, dtype, {}))
+                for rows in sizes.crossover_rows
+                for width in sizes.crossover_widths
+            },
+            rules=[CHUNKS, *rules],
+            takes_first=lambda rule, at: at[0] >= rule["fewest_rows"] and at[1] <= rule["widest"],
+        )
+    pairs = len(sizes.group_channels) * len(SCALES)
+    products = {pairs * rows * rows: rows for rows in sizes.crossover_group}
+    yield Crossover(
+        path=("group_products",),
+        ways=(TOGETHER, IN_TURN),
+        cases={at: _group_case(rows, sizes, torch.bfloat16, {}) for at, rows in products.items()},
+        rules=[IN_TURN, *products],
+        takes_first=lambda rule, at: at <= rule,
+    )
+
+
+def _lowpass_cases(layout: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Case]:
+    batch, channels, height, width = size
+    average, channels_last = (None, None, [], 0), layout == "channels_last"
+
+    def inputs() -> tuple[Tensor, ...]:
+        x = _randn(*size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+        rows, cols = (_randn(sum(SCALES), side, dtype=torch.float32) for side in (height, width))
+        return x, rows, cols, _randn(batch, CELLS, channels, dtype=dtype)
+
+    ops = {
+        "average": (
+            lambda x, rows, cols, grad: [lp.lowpass(x, SCALES, *average)],
+            lambda x, rows, cols, grad: [eager.lowpass(x, SCALES, *average)],
+        ),
+        "filters": (
+            lambda x, rows, cols, grad: [lp.lowpass(x, SCALES, rows, cols, [], 0)],
+            lambda x, rows, cols, grad: [eager.lowpass(x, SCALES, rows, cols, [], 0)],
+        ),
+        "input gradient": (
+            lambda x, rows, cols, grad: [lp.lowpass_input_grad(grad, list(size), channels_last, SCALES, *average)],
+            lambda x, rows, cols, grad: _gradients(lambda x: eager.lowpass(x, SCALES, *average), [x], grad),
+        ),
+        "filter gradient": (
+            lambda x, rows, cols, grad: lp.lowpass_filter_grad(grad, x, SCALES, rows, cols, [], 0),
+            lambda x, rows, cols, grad: _gradients(
+                lambda rows, cols: eager.lowpass(x, SCALES, rows, cols, [], 0), [rows, cols], grad
+            ),
+        ),
+    }
+    for name, (ours, oracle) in ops.items():
+        yield Case(f"lowpass {name} {layout} {size} {dtype}", inputs, ours, oracle, TOLERANCES[dtype])
+
+
+def _info_nce_cases(rows: int, width: int, dtype: torch.dtype, settings: Mapping[str, Any]) -> Iterator[Case]:
+    options = torch.tensor(0.1), None, None, 0  # temperature, ids, positive_offset
+
+    def inputs() -> tuple[Tensor, ...]:
+        student, teacher = _randn(rows, width, dtype=dtype), _randn(rows, width, dtype=dtype)
+        logits = F.normalize(student.float()) @ F.normalize(teacher.float()).t() / 0.1
+        return student, teacher, _randn(rows, dtype=torch.float32), logits.logsumexp(1), logits.logsumexp(0)
+
+    def losses(student: Tensor, teacher: Tensor, symmetric: bool) -> Tensor:
+        return eager.info_nce(student, teacher, *options, symmetric, True, False)
+
+    ops = {
+        "one pass": (
+            lambda s, t, grad, row_lse, col_lse: nce.info_nce_one_pass(s, t, *options, True, True)[:3],
+            lambda s, t, grad, row_lse, col_lse: [
+                losses(s, t, False).mean(),
+                row_lse,
+                *_gradients(lambda s: losses(s, t, False), [s], torch.ones_like(grad)),
+            ],
+        ),
+        "symmetric": (
+            lambda s, t, grad, row_lse, col_lse: nce.info_nce(s, t, *options, True, True, True),
+            lambda s, t, grad, row_lse, col_lse: [losses(s, t, True).mean(), row_lse, col_lse],
+        ),
+        "symmetric gradient": (
+            lambda s, t, grad, *lse: nce.info_nce_grad(grad, s, t, *options, True, True, *lse, False)[:1],
+            lambda s, t, grad, *lse: _gradients(lambda s: losses(s, t, True), [s], grad),
+        ),
+    }
+    for name, (ours, oracle) in ops.items():
+        yield Case(f"info_nce {name} {(rows, width)} {dtype}", inputs, ours, oracle, TOLERANCES[dtype], settings)
+
+
+def _group_case(rows: int, sizes: Sizes, dtype: torch.dtype, settings: Mapping[str, Any]) -> Case:
+    widths = [channels * s * s for channels in sizes.group_channels for s in SCALES]
+    options = torch.tensor(0.1), None, None, 0
+
+    def inputs() -> tuple[list[Tensor], ...]:
+        students, teachers = ([_randn(rows, width, dtype=dtype) for width in widths] for _ in range(2))
+        return students, teachers
+
+    def ours(students: list[Tensor], teachers: list[Tensor]) -> Results:
+        return group.info_nce_group(students, teachers, *options, True)[:2]
+
+    def oracle(students: list[Tensor], teachers: list[Tensor]) -> Results:
+        def losses(*students: Tensor) -> Tensor:
+            pairs = zip(students, teachers, strict=True)
+            return torch.stack([eager.info_nce(*pair, *options, False, True, False) for pair in pairs])
+
+        expected = losses(*students)
+        gradients = _gradients(losses, students, torch.ones_like(expected))
+        return [expected.mean(1), torch.cat(gradients, dim=1)]
+
+    return Case(f"info_nce_group {rows} {widths} {dtype}", inputs, ours, oracle, TOLERANCES[dtype], settings)
+
+
+def _gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> Results:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(f(*leaves), leaves, grad)
+
+
+def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)

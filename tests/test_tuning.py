@@ -1,0 +1,299 @@
+"""`lfcc bench --tune` without a GPU: who is tried, who wins, what is written, and that tiles reach the kernels."""
+
+import copy
+import functools
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lfcc_kernels.backends import triton
+from lfcc_kernels.backends.triton import tuning
+from lfcc_kernels.cli import main
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from lfcc_kernels.backends.triton import runtime, tiles, tuning_launches
+from lfcc_kernels.backends.triton import tuning_search as search
+from lfcc_kernels.backends.triton.tuning_cases import Case, Crossover, Sizes, kernel_cases
+
+pytestmark = pytest.mark.skipif(bool(triton.missing()), reason=triton.missing() or "there is a GPU")
+
+LINES = [
+    (kernel, shape_class, line)
+    for table in (json.loads(path.read_text()) for path in tiles.TABLES.glob("*.json"))
+    for kernel, lines in table["kernels"].items()
+    for shape_class, line in lines.items()
+]
+TINY = Sizes(
+    maps=(("nchw", (1, 3, 5, 4)), ("channels_last", (1, 18, 4, 5))),
+    fused=((20, 16),),
+    chunks=((20, 16),),
+    group=(10,),
+    group_channels=(3,),
+    crossover_rows=(8, 24),
+    crossover_widths=(16, 32),
+    crossover_group=(8, 16),
+)
+
+
+@pytest.fixture
+def table() -> Iterator[dict[str, Any]]:
+    """The one that launchers look into here."""
+    live = tiles.table(runtime.chip(torch.device(triton.DEVICE)).capability)
+    before = copy.deepcopy(live)
+    yield live
+    live.clear()
+    live.update(before)
+
+
+@pytest.mark.parametrize("line", {str(line): line for *_, line in LINES}.values(), ids=str)
+def test_candidates(line: dict[str, int]) -> None:
+    found = search.candidates(line)
+    assert found[0] == line and 3 <= len(found) <= search.MOST_CANDIDATES
+    assert len({tuple(one.items()) for one in found}) == len(found)
+    for one in found:
+        assert one.keys() == line.keys()
+        for name, value in one.items():
+            if name.startswith("BLOCK_"):
+                assert value.bit_count() == 1 and min(line[name], 16) <= value <= 4 * line[name]
+            elif value != line[name]:
+                assert value in {"num_warps": search.WARPS, "num_stages": search.STAGES}[name]
+    varied = {name for one in found for name in one if one[name] != line[name]}
+    assert varied == line.keys()
+
+
+@pytest.mark.parametrize(
+    ("scores", "winner"),
+    [
+        ([1.0], 0),
+        ([1.0, 0.99, 1.5], 0),  # within the margin
+        ([1.0, 0.97, 0.95, 0.96], 2),
+        ([float("inf"), 5.0, 4.0], 2),  # the incumbent does not run
+        ([1.0, float("inf")], 0),
+        ([float("inf"), float("inf")], 0),
+    ],
+)
+def test_best(scores: list[float], winner: int) -> None:
+    assert search.best(scores) == winner
+
+
+class World:
+    """A table of one kernel that a search can run over without any: a call notes what the table says meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, int], float]) -> None:
+        """`seconds` of a case, by its name and the block, chunk or way in the table."""
+        self.table = {
+            "architecture": 90,
+            "source": "before",
+            "chunk_bytes": 16 << 20,
+            "way": "one",
+            "kernels": {"kernel": {"2": {"BLOCK_K": 64, "num_warps": 4}, "8": {"BLOCK_K": 16}}},
+        }
+        self.seconds, self.cost = seconds, 0.0
+        kernel = [self.case(name, lambda: self.table["kernels"]["kernel"]["2"]["BLOCK_K"]) for name in "ab"]
+        chunks = [self.case("chunks", lambda: self.table["chunk_bytes"])]
+        self.places = {rows: self.case(str(rows), lambda: self.table["way"]) for rows in (64, 512)}
+        way = Crossover(("way",), ("two", "one"), self.places, ["one", "two", 256], self.takes_two)
+        monkeypatch.setattr(search, "kernel_cases", lambda sizes: kernel)
+        monkeypatch.setattr(search, "chunk_cases", lambda sizes: chunks)
+        monkeypatch.setattr(search, "crossovers", lambda sizes: [way])
+        self.said: list[str] = []
+        self.tuner = search.Tuner(self.table, Sizes(), self.clock, self.said.append)
+
+    def case(self, name: str, look: Callable[[], Any]) -> Case:
+        def ours() -> list[torch.Tensor]:
+            self.cost = self.seconds(name, look())
+            return [torch.ones(3)]
+
+        return Case(name, tuple, ours, lambda: [torch.ones(3)], 1e-3)
+
+    @staticmethod
+    def takes_two(rule: Any, rows: int) -> bool:
+        return rule == "two" or (rule != "one" and rows >= rule)
+
+    def clock(self, call: Callable[[], object]) -> float:
+        call()
+        return self.cost
+
+
+def seconds(name: str, value: Any) -> float:
+    """Case a is best at 128, b at 32; by the geometric mean 128 wins. Chunks are all alike; ways cross at 256."""
+    if name in "ab":
+        return {"a": {32: 4.0, 64: 4.0, 128: 1.0}, "b": {32: 1.0, 64: 2.0, 128: 3.0}}[name][value]
+    if name == "chunks":
+        return 1.0
+    return 1.0 if (value == "two") == (int(name) >= 256) else 2.0
+
+
+def test_search_finds_the_best_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, seconds)
+    before = copy.deepcopy(world.table)
+    found, kept = world.tuner.tune()
+    assert found["kernels"]["kernel"] == {"2": {"BLOCK_K": 128, "num_warps": 4}, "8": {"BLOCK_K": 16}}
+    assert found["chunk_bytes"] == before["chunk_bytes"] and found["way"] == 256
+    assert kept == ["kernel 8"]
+    assert world.table == before
+    assert any("1.63 times as fast" in line for line in world.said)
+
+
+def failing(kind: type[BaseException], block: int) -> Callable[[str, Any], float]:
+    def fail(name: str, value: Any) -> float:
+        if name in "ab" and value >= block:
+            raise kind("it does")
+        return seconds(name, value)
+
+    return fail
+
+
+def test_candidates_that_fail_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, failing(RuntimeError, 128))
+    found, kept = world.tuner.tune()
+    assert found["kernels"]["kernel"]["2"]["BLOCK_K"] == 32 and kept == ["kernel 8"]
+    assert any("4 x RuntimeError" in line for line in world.said)
+
+
+def test_what_cannot_be_measured_stays_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, failing(RuntimeError, 0))
+    found, kept = world.tuner.tune()
+    assert found["kernels"] == world.table["kernels"] and found["way"] == 256
+    assert kept == ["kernel 2", "kernel 8"]
+
+
+def test_wrong_results_lose() -> None:
+    def call() -> list[torch.Tensor]:
+        return [torch.tensor([1.0, 2.0])]
+
+    assert search._check(call, [torch.tensor([1.001, 2.001])], 1e-3, None) == 0
+    for expected in ([1.01, 2.0], [1.0, torch.nan], [torch.inf, 2.0]):
+        with pytest.raises(search.Rejected, match="differs"):
+            search._check(call, [torch.tensor(expected)], 1e-3, None)
+
+
+def test_spills_beyond_those_of_the_incumbent_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def run(self, spills: int, warmup: bool = False) -> Any:
+            return type("Compiled", (), {"n_spills": spills})
+
+    monkeypatch.setattr(tuning_launches, "INTERPRET", False)
+    monkeypatch.setattr(tuning_launches, "JITFunction", Kernel)
+
+    def call() -> list[torch.Tensor]:
+        Kernel().run(3)
+        Kernel().run(5)
+        return [torch.ones(1)]
+
+    assert search._check(call, call(), 1e-3, None) == 8
+    assert search._check(call, call(), 1e-3, 8) == 8
+    with pytest.raises(search.Rejected, match="spills"):
+        search._check(call, call(), 1e-3, 7)
+
+
+def test_table_is_written_whole_with_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world, path = World(monkeypatch, seconds), tmp_path / "sm_90.json"
+    tuning.write_table(path, 89, world.tuner.tune, "measured on a dream")
+    written = json.loads(path.read_text())
+    assert written.keys() == world.table.keys()
+    assert written["architecture"] == 89 and written["source"] == "measured on a dream; not measured: kernel 8"
+    assert written["kernels"]["kernel"]["2"]["BLOCK_K"] == 128
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("kind", "when"), [(KeyboardInterrupt, "clock"), (KeyboardInterrupt, "replace"), (OSError, "replace")]
+)
+def test_old_table_survives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture, kind: type[BaseException], when: str
+) -> None:
+    def stop(*_: object) -> None:
+        raise kind("stop")
+
+    world, path = World(monkeypatch, seconds), tmp_path / "sm_90.json"
+    path.write_text("old")
+    before = copy.deepcopy(world.table)
+    monkeypatch.setattr(world.tuner if when == "clock" else tuning.os, when, stop)
+    with pytest.raises(kind):
+        tuning.write_table(path, 90, world.tuner.tune, "")
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+    assert world.table == before
+    assert (f"interrupted, {path} is as it was" in capsys.readouterr().err) == (kind is KeyboardInterrupt)
+
+
+def test_nothing_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = World(monkeypatch, failing(RuntimeError, 0))
+    with pytest.raises(ValueError, match="no kernel could be measured"):
+        tuning.write_table(tmp_path / "sm_90.json", 90, world.tuner.tune, "")
+    with pytest.raises(ValueError, match="-o FILE"):
+        tuning.write_table(tmp_path / "none" / "sm_90.json", 90, world.tuner.tune, "")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(tuning, "INTERPRET", True)
+    assert main(["bench", "--tune"]) == 1
+    assert "TRITON_INTERPRET=1 is in the environment" in capsys.readouterr().err
+    monkeypatch.setattr(tuning, "INTERPRET", False)
+    monkeypatch.setattr(tuning, "missing", lambda: "torch finds no NVIDIA GPU; try another")
+    assert main(["bench", "--tune", "-o", "table.json"]) == 1
+    error = capsys.readouterr().err
+    assert "needs an NVIDIA GPU and Triton: torch finds no NVIDIA GPU\n" in error and error.count("\n") == 1
+
+
+def test_command_without_tune(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench"])
+    assert "--tune is what there is for now" in capsys.readouterr().err
+
+
+def test_cases_look_up_every_line_but_those_of_float64(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]) -> None:
+    """What a kernel or shape class that is new in a table needs: a case that runs it."""
+    monkeypatch.setattr(runtime, "raised", lambda dtype: dtype)  # classes as on a GPU; nothing is launched here
+    readers = search.Tuner(table, TINY, float, print)._readers()
+    wanted = {(kernel, shape_class) for kernel, shape_class, _ in LINES if shape_class != "8"}
+    assert wanted == readers.keys()
+
+
+@pytest.mark.parametrize("case", kernel_cases(TINY)[::2], ids=lambda case: case.name)  # every op in one of both types
+def test_tiles_of_the_table_reach_the_kernels(table: dict[str, Any], case: Case) -> None:
+    """Blocks of both sizes are launched, and give what eager gives."""
+    seen: list[dict[str, int]] = []
+
+    def note(launch: Callable, *arguments: Any, **options: Any) -> Any:
+        seen.append({name: value for name, value in options.items() if name.startswith("BLOCK_")})
+        return launch(*arguments, **options)
+
+    def run(block: int) -> list[dict[str, int]]:
+        for line in (line for lines in table["kernels"].values() for line in lines.values()):
+            line |= {name: block for name in line if name.startswith("BLOCK_")}
+        seen.clear()
+        with search.changed(table, case.settings), tuning_launches._launching(note):
+            search._check(functools.partial(case.ours, *inputs), expected, case.tolerance, None)
+        return [*seen]
+
+    inputs = case.inputs()
+    expected = case.eager(*inputs)
+    case.ours(*inputs)  # launchers may keep what they make in a first call
+    large, small = run(32), run(16)
+    blocks = [(many[name], few[name]) for many, few in zip(large, small, strict=True) for name in many]
+    assert {(one, other) for one, other in blocks if one != other} == {(32, 16)}
+
+
+def test_crossovers_choose_the_way(table: dict[str, Any]) -> None:
+    """Each way of a crossover launches kernels that the other does not."""
+    for crossover in search.crossovers(TINY):
+        *path, key = crossover.path
+        holder = functools.reduce(dict.__getitem__, path, table)
+        case = next(iter(crossover.cases.values()))
+        inputs, ways = case.inputs(), []
+        for way in crossover.ways:
+            seen: set[tuple[str, str]] = set()
+            kernels = {name: search._Noted(lines, name, seen) for name, lines in table["kernels"].items()}
+            with search.changed(holder, {key: way}), search.changed(table, {"kernels": kernels}):
+                case.ours(*inputs)
+            ways.append(seen)
+        assert ways[0] - ways[1]
