@@ -6,11 +6,13 @@ VENV ?= .venv
 # An environment of your own (VENV=...) keeps the torch it has.
 TORCH ?= $(if $(filter .venv,$(VENV)),torch==2.14.1 torchvision==0.29.1,torch torchvision)
 OTHER_TORCH ?= torch==2.13.0
+OLD_TRITON := triton==3.6.0
 RUFF := ruff==0.17.6
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMPS := $(VENV)/.lfcc
+OLD_TRITON_AT := $(VENV)/.triton
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: help demo test lint bench gpu wheel check-wheel clean force
@@ -23,8 +25,12 @@ help:
 demo: $(STAMPS)/demo ## train a small ViT with a CNN as its teacher on photographs; DATA=folder takes them from there
 	$(BIN)/python -m lfcc_kernels.distill.demo $(if $(DATA),--data '$(DATA)')
 
-test: $(STAMPS)/test ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMPS)/test $(STAMPS)/triton ## run the tests, those of the Triton kernels with the oldest Triton too
+	$(BIN)/python -m pytest -n auto --ignore tests/offline
+	$(BIN)/python -m pytest tests/offline
+	@echo "== the same kernels with $(OLD_TRITON)"
+	PYTHONPATH=$(OLD_TRITON_AT) $(BIN)/python -m pytest -n auto -k triton tests/test_info_nce_group.py tests/test_ops.py
+	PYTHONPATH=$(OLD_TRITON_AT) $(BIN)/python -m pytest tests/offline
 
 lint: $(STAMPS)/lint ## check the style
 	$(BIN)/ruff check .
@@ -84,6 +90,12 @@ $(STAMPS)/built: $(SOURCES) $(STAMPS)/torch
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@if ls lfcc_kernels/_C.*so > /dev/null 2>&1; then touch $@; else \
 		echo "== no C++ compiler: kernels were not built, everything runs on the eager backend (install g++)"; fi
+
+# Beside the environment, since it has a Triton of its own; with the newest numpy that Triton's interpreter takes.
+$(STAMPS)/triton: Makefile $(STAMPS)/torch
+	@echo "== installing $(OLD_TRITON)"
+	@$(PIP) install --no-deps --upgrade --target $(OLD_TRITON_AT) $(OLD_TRITON) 'numpy<2.4'
+	@touch $@
 
 # The package is installed already, so this brings only what the extra adds.
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch | $(STAMPS)/built

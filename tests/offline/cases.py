@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lfcc_kernels.backends.triton import info_nce as nce
+from lfcc_kernels.backends.triton import info_nce_group as group
 from lfcc_kernels.backends.triton import lowpass as lp
 
 SCALES = [1, 2, 4]
@@ -20,6 +21,8 @@ CELLS = sum(s * s for s in SCALES)
 WGMMA = [
     ("info_nce_fused.one_pass_kernel", ""),
     ("info_nce_fused.gradient_kernel", ""),
+    ("info_nce_group.products_kernel", ""),
+    ("info_nce_group.sums_kernel", ""),
     ("lowpass_kernels.forward_kernel", "56x56"),
     ("lowpass_kernels.forward_kernel", "14x14"),
     ("lowpass_kernels.forward_kernel", "7x7"),
@@ -78,8 +81,8 @@ def _lowpass_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     shapes += [("nchw", (512, 7, 7)), ("channels_last", (512, 7, 7)), ("nchw", (3, 5, 9))]
     for layout, size in shapes:
         for name, dtype in DTYPES.items():
-            if name == "float64" and size != (256, 56, 56):
-                continue
+            if name in ("float16", "float64") and (layout, size) != ("nchw", (256, 56, 56)):
+                continue  # the other layouts differ from bfloat16's and float32's in nothing
             for learnable in (False, True):
                 kind = "learnable" if learnable else "average"
                 case = _lowpass(dtype, layout, size, learnable)
@@ -102,12 +105,31 @@ def _info_nce(dtype: torch.dtype, rows: int, width: int, with_ids: bool) -> Call
 
 
 def _info_nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    for rows, width in [(4096, 128), (4096, 512), (128, 12288), (100, 33)]:
+    for rows, width in [(4096, 128), (4096, 64), (4096, 512), (100, 33)]:
         for name, dtype in DTYPES.items():
-            for ids in (False, True):
-                if ids and width != 128 and name != "bfloat16":
-                    continue
-                yield f"info_nce {rows}x{width} {name}{' ids' if ids else ''}", _info_nce(dtype, rows, width, ids)
+            if width in (64, 33) and name in ("float16", "float64"):
+                continue
+            yield f"info_nce {rows}x{width} {name}", _info_nce(dtype, rows, width, with_ids=False)
+        yield f"info_nce {rows}x{width} bfloat16 ids", _info_nce(torch.bfloat16, rows, width, with_ids=True)
 
 
-CASES = {**dict(_lowpass_cases()), **dict(_info_nce_cases())}
+def _group(dtype: torch.dtype, rows: int, with_ids: bool) -> Callable[[], object]:
+    """Four stages of a Swin-T at three scales."""
+
+    def call() -> None:
+        widths = [channels * s * s for channels in (96, 192, 384, 768) for s in SCALES]
+        students, teachers = ([torch.empty(rows, w, dtype=dtype, device="cuda") for w in widths] for _ in range(2))
+        ids = torch.empty(rows, dtype=torch.int64, device="cuda") if with_ids else None
+        temperature = torch.empty((), device="cuda")
+        group.info_nce_group(students, teachers, temperature, ids, ids, 0, True)
+
+    return call
+
+
+def _group_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    for name, dtype in DTYPES.items():
+        if name != "float64":  # which has no group
+            yield f"group 128 {name}", _group(dtype, 128, with_ids=name == "bfloat16")
+
+
+CASES = {**dict(_lowpass_cases()), **dict(_info_nce_cases()), **dict(_group_cases())}

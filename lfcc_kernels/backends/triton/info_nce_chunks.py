@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lfcc_kernels.backends.triton import runtime
 from lfcc_kernels.backends.triton.info_nce_rows import Pair
-from lfcc_kernels.backends.triton.tiles import table
+from lfcc_kernels.backends.triton.tiles import cut, table
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def gradient(
     """Sums of one side's rows as `finish_kernel` takes them, and the temperature's gradient in parts."""
     slopes = pair.numbers(pair.batch)
     sums = pair.numbers(*(pair.teacher if of_teacher else pair.student).shape)
-    block = pair.tiles("chunk_gradient")
+    block = cut(pair.tiles("chunk_gradient"), "BLOCK_K", pair.keys)
     for first, products, weights in _chunks(pair, with_weights=True):
         gradient_kernel[(triton.cdiv(len(products), block["BLOCK_B"]),)](
             products, pair.factors, pair.inverse_temperature, *pair.ids, grad, row_lse, col_lse,
@@ -257,7 +257,7 @@ def _softmax(
     positives: Tensor,
     temperature_grad: Tensor,
 ) -> None:
-    block = pair.tiles("chunk_one_pass")
+    block = cut(pair.tiles("chunk_one_pass"), "BLOCK_K", pair.keys)
     one_pass_kernel[(triton.cdiv(len(products), block["BLOCK_B"]),)](
         products, pair.factors, pair.inverse_temperature, *pair.ids, losses, row_lse, positives, temperature_grad,
         products if weights is None else weights, pair.batch, pair.keys, first, len(products), pair.positive_offset, 1,

@@ -22,7 +22,7 @@ from lfcc_kernels.backends.triton import info_nce_rows as rows
 from lfcc_kernels.backends.triton import runtime
 from lfcc_kernels.backends.triton.info_nce import packed
 from lfcc_kernels.backends.triton.info_nce_rows import finish
-from lfcc_kernels.backends.triton.tiles import table, tiles
+from lfcc_kernels.backends.triton.tiles import cut, table, tiles
 
 SPLITS = 8  # shares of the widths: a row of the finest scale has thousands of values
 
@@ -221,7 +221,7 @@ def _together(
     tile = block("group_products")
     grid = triton.cdiv(batch, tile["BLOCK_B"]) * triton.cdiv(keys, tile["BLOCK_K"]), SPLITS, groups
     products_kernel[grid](packed_rows, products, batch, keys, **shared, **how, **tile)
-    tile = block("chunk_one_pass")
+    tile = cut(block("chunk_one_pass"), "BLOCK_K", keys)
     chunks.one_pass_kernel[(triton.cdiv(batch, tile["BLOCK_B"]), groups)](
         products, factors, inverse_temperature, *ids, losses, *unused, temperature_grads, weights,
         batch, keys, 0, batch, positive_offset, groups, HAS_IDS=student_ids is not None, GRAD=True, GAIN=gain,

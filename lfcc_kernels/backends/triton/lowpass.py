@@ -166,11 +166,10 @@ def _tiles(kernel: str, source: _Map, product: torch.dtype) -> dict[str, int]:
     """Tiles no larger than the map, and no smaller than tl.dot takes, for products of this type."""
     architecture = runtime.chip(source.data.device).capability
     tiles = tiling.tiles(kernel, str(product.itemsize), architecture)
-    sizes = {"BLOCK_C": source.channels, "BLOCK_K": source.size}
-    tiles |= {name: max(16, min(tiles[name], triton.next_power_of_2(sizes[name]))) for name in sizes}
-    if kernel != "lowpass_filter_grad":  # whose sums are as large with few channels; else few warps share a small tile
-        tiles["num_warps"] = min(tiles["num_warps"], max(1, tiles["BLOCK_C"] * tiles["BLOCK_K"] // 512))
-    return tiles
+    warps = tiles.get("num_warps", 4)
+    tiles = tiling.cut(tiling.cut(tiles, "BLOCK_C", source.channels), "BLOCK_K", source.size)
+    # The sums of filter gradients are as large with few channels.
+    return tiles | {"num_warps": warps} if kernel == "lowpass_filter_grad" else tiles
 
 
 def _block_n(columns: int) -> int:

@@ -28,3 +28,10 @@ def table(architecture: int) -> dict:
 def tiles(kernel: str, shape_class: str, architecture: int) -> dict[str, int]:
     """Keyword arguments of a launch of this kernel: BLOCK_... as upper bounds, num_warps, num_stages."""
     return table(architecture)["kernels"][kernel][shape_class]
+
+
+def cut(block: dict[str, int], name: str, size: int) -> dict[str, int]:
+    """The same with the block `name` no larger than it takes for `size`, and with fewer warps for the smaller tile."""
+    smaller = min(block[name], max(16, 1 << (size - 1).bit_length()))
+    warps = max(1, block.get("num_warps", 4) * smaller // block[name])
+    return block | {name: smaller, "num_warps": warps}
