@@ -8,6 +8,7 @@ TORCH ?= $(if $(filter .venv,$(VENV)),torch==2.14.1 torchvision==0.29.1,torch to
 OTHER_TORCH ?= torch==2.13.0
 OLD_TRITON := triton==3.6.0
 RUFF := ruff==0.17.6
+SHARDS := 8
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
@@ -45,7 +46,11 @@ gpu: ## build, test and measure on an NVIDIA GPU with the packages of PYTHON: to
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"make gpu: torch {torch.__version__} of $(PYTHON) sees no NVIDIA GPU")'
 	@failed=; export PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH}; \
 	echo "== building"; $(PYTHON) setup.py --quiet build_ext --inplace || failed="$$failed build"; \
-	echo "== tests"; timeout -s INT -k 20 240 $(PYTHON) -m pytest -m gpu --tb=short tests || failed="$$failed tests"; \
+	echo "== tests, in $(SHARDS) processes"; mkdir -p build; rm -f build/gpu-tests-*; \
+	for n in $$(seq $(SHARDS)); do (LFCC_TEST_SHARD=$$n/$(SHARDS) timeout -s INT -k 20 240 $(PYTHON) -m pytest -m gpu \
+		--tb=short tests > build/gpu-tests-$$n.log 2>&1 && mv build/gpu-tests-$$n.log build/gpu-tests-$$n.passed) & done; wait; \
+	tail -q -n 1 build/gpu-tests-*.passed; \
+	if ls build/gpu-tests-*.log > /dev/null 2>&1; then tail -n 60 build/gpu-tests-*.log; failed="$$failed tests"; fi; \
 	echo "== benchmarks"; $(PYTHON) -m benchmarks --device cuda || failed="$$failed benchmarks"; \
 	if [ "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
 

@@ -50,10 +50,12 @@ def _backends() -> dict[str, str]:
 
 
 def _triton() -> str:
-    version = importlib.metadata.version("triton")
+    import triton as compiler  # it is there, since nothing is missing
+
+    version = compiler.__version__
     if triton.INTERPRET:
         return f"Triton {version} in its interpreter, CPU tensors, for tests"
-    from lfcc_kernels.backends.triton import runtime, tiles  # with a GPU, Triton is there to import
+    from lfcc_kernels.backends.triton import runtime, tiles
 
     table = tiles.table(runtime.chip(torch.device("cuda")).capability)
     return f"Triton {version} on {torch.cuda.get_device_name()}, tiles {table['source']}"

@@ -76,7 +76,19 @@ def _map(**options: Any) -> Tensor:
     return randn(2, 3, 7, 5, requires_grad=True, **options)
 
 
-LSE = torch.full((4,), 9.0)  # log-sum-exps that a forward pass may have left
+def _lse() -> Tensor:
+    """Log-sum-exps that a forward pass may have left."""
+    return torch.full((4,), 9.0)
+
+
+def _group(with_ids: bool = False) -> tuple[Any, ...]:
+    """Two pairs, the second of rows that are slices of wider ones."""
+    students = [randn(4, 8, requires_grad=True), randn(4, 10)[:, :5].requires_grad_()]
+    teachers = [randn(6, 8), randn(6, 10)[:, :5]]
+    ids = (torch.arange(4) // 2, torch.arange(6) // 2) if with_ids else (None, None)
+    return students, teachers, torch.tensor(0.1, requires_grad=True), *ids, 1, True
+
+
 CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "average": ("lowpass", lambda: (_map(), [1, 2], None, None, [], 0)),
     "average, channels_last": (
@@ -108,10 +120,12 @@ CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "one pass with ids": ("info_nce_one_pass", lambda: _rows(True, False, ids=True)),
     "gradient of rows": (
         "info_nce_grad",
-        lambda: (randn(4), *constants(*_rows(False, True)), LSE, randn(0), False),
+        lambda: (randn(4), *constants(*_rows(False, True)), _lse(), randn(0), False),
     ),
     "gradient of both, of the teacher": (
         "info_nce_grad",
-        lambda: (randn(4), *constants(*_rows(True, True)), LSE, LSE, True),
+        lambda: (randn(4), *constants(*_rows(True, True)), _lse(), _lse(), True),
     ),
+    "many pairs": ("info_nce_group", _group),
+    "many pairs with ids": ("info_nce_group", lambda: _group(with_ids=True)),
 }  # fmt: skip

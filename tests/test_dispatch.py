@@ -11,10 +11,10 @@ import torch
 from torch import randn
 
 import lfcc_kernels as lk
-from lfcc_kernels.backends import native
+from lfcc_kernels.backends import native, triton
 from lfcc_kernels.ops.dispatch import select
 
-CPU = torch.device("cpu")
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 FASTEST = "eager" if native.missing else "cpu"
 
 
@@ -61,25 +61,81 @@ def test_choice_belongs_to_its_thread() -> None:
     assert seen == [FASTEST]
 
 
-def test_backends_differ_in_what_they_run(kernels: None) -> None:
-    """The compiled op leaves one node in the graph, eager one for each step."""
+def test_backends_differ_in_what_they_run(kernels: str) -> None:
+    """An op with kernels leaves one node in the graph, that of its overload, eager one for each step."""
     x = randn(2, 3, 7, 7, requires_grad=True)
-    assert "lfcc_lowpass" in lk.lowpass(x).grad_fn.name()
+    assert f"lfcc_lowpass_{'default' if kernels == 'cpu' else kernels}" in lk.lowpass(x).grad_fn.name()
     with lk.use_backend("eager"):
         assert "lfcc" not in lk.lowpass(x).grad_fn.name()
 
 
-def test_kernels_asked_for_by_name_refuse_other_devices(kernels: None) -> None:
-    with pytest.raises(ValueError, match=r"'cpu'.*meta.*use_backend\('auto'\)"):
+def test_kernels_asked_for_by_name_refuse_other_devices(kernels: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{kernels}'.*meta.*use_backend\('auto'\)"):
         lk.lowpass(randn(2, 3, 7, 7).to("meta"))
 
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "missing", "the library is not there; run pip install .")
+    monkeypatch.setattr(triton, "missing", lambda: "no NVIDIA GPU")
     assert lk.available_backends() == ("eager",)
-    assert served() == "eager"
+    assert served() == "eager" and select(CUDA, torch.float32) == "eager"
     with pytest.raises(ValueError, match=r"'cpu' is not available \(the library .* pip install"):
         lk.use_backend("cpu").__enter__()
+    with pytest.raises(ValueError, match=r"'triton' is not available \(no NVIDIA GPU\); available are auto, eager"):
+        lk.use_backend("triton").__enter__()
+
+
+@pytest.fixture
+def with_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with the compiled library and a GPU that Triton serves."""
+    monkeypatch.setattr(native, "missing", "")
+    monkeypatch.setattr(triton, "missing", lambda: "")
+    monkeypatch.setattr(triton, "DEVICE", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        (CPU, torch.float32, "cpu"),
+        (CPU, torch.float64, "cpu"),
+        (CPU, torch.bfloat16, "cpu"),
+        (CUDA, torch.float32, "triton"),
+        (CUDA, torch.bfloat16, "triton"),
+        (CUDA, torch.float16, "triton"),
+        (torch.device("cuda", 1), torch.float32, "triton"),
+        (CUDA, torch.float64, "eager"),
+        (META, torch.float32, "eager"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_fastest(
+    with_all_kernels: None, device: torch.device, dtype: torch.dtype, expected: str
+) -> None:
+    with lk.use_backend("auto"):
+        assert select(device, dtype) == expected
+
+
+def test_available_are_those_that_lack_nothing(with_all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lk.available_backends() == ("eager", "cpu", "triton")
+    monkeypatch.setattr(triton, "missing", lambda: "no NVIDIA GPU")
+    assert lk.available_backends() == ("eager", "cpu")
+    monkeypatch.setattr(native, "missing", "no library")
+    monkeypatch.setattr(triton, "missing", lambda: "")
+    assert lk.available_backends() == ("eager", "triton")
+
+
+def test_a_backend_asked_for_by_name_serves_every_type_on_its_device_alone(with_all_kernels: None) -> None:
+    homes = {"cpu": CPU, "triton": CUDA}
+    for name, home in homes.items():
+        with lk.use_backend(name):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                assert select(home, dtype) == name
+            for other in {CPU, CUDA, META} - {home}:
+                message = rf"'{name}'.* on {other.type}; move them with \.to\('{home.type}'\), or use_backend\('auto'\)"
+                with pytest.raises(ValueError, match=message):
+                    select(other, torch.float32)
+    with lk.use_backend("eager"):
+        assert {select(device, torch.float32) for device in (CPU, CUDA, META)} == {"eager"}
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -101,6 +157,30 @@ def test_environment_sets_the_default() -> None:
     assert python(SERVED, LFCC_BACKEND="eager").stdout.strip() == "eager"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_gpu_says_how_to_interpret() -> None:
+    run = python(LOWPASS, LFCC_BACKEND="triton", TRITON_INTERPRET="0")
+    assert run.returncode != 0 and "'triton' is not available" in run.stderr
+    if "Triton is not installed" not in run.stderr:
+        assert "no NVIDIA GPU" in run.stderr and "TRITON_INTERPRET=1" in run.stderr
+
+
+def test_triton_refuses_tensors_on_the_cpu() -> None:
+    """Where it does not interpret; as if there were a GPU."""
+    ready = "from lfcc_kernels.backends import triton; triton.missing = lambda: ''"
+    run = python(f"{ready}; {LOWPASS}", LFCC_BACKEND="triton", TRITON_INTERPRET="0")
+    assert run.returncode != 0
+    assert "ValueError: backend 'triton' was asked for by name, but the tensors are on cpu" in run.stderr
+    assert ".to('cuda')" in run.stderr and "use_backend('auto')" in run.stderr
+
+
+def test_kernels_of_triton_are_imported_with_their_first_call() -> None:
+    """Their modules need Triton, which a user of the CPU may not have."""
+    loaded = "print('lfcc_kernels.backends.triton.runtime' in sys.modules)"
+    run = python(f"import sys; {LOWPASS}; lk.available_backends(); {loaded}", LFCC_BACKEND="auto")
+    assert run.stdout.strip() == "False", run.stderr
+
+
 def test_unknown_name_in_the_environment_is_told_at_the_first_call() -> None:
     run = python(LOWPASS, LFCC_BACKEND="fast")
     assert run.returncode != 0
@@ -118,6 +198,7 @@ def test_core_imports_with_torch_alone() -> None:
         "matplotlib",
         "scipy",
         "sklearn",
+        "triton",
     )
     blocked = f"import sys; sys.modules.update(dict.fromkeys({others!r}))"
     run = python(f"{blocked}; {LOWPASS}; lk.LFCCLoss([1], [1])")

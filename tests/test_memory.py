@@ -42,9 +42,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 
 @pytest.mark.parametrize("dim", [128, 512])
-def test_contrast_stays_under_32_mebibytes(dim: int) -> None:
+def test_contrast_stays_under_32_mebibytes(compiled_kernels: str, dim: int) -> None:
     assert working_mebibytes(4096, dim) < 32  # the similarities alone are 64
 
 
-def test_symmetric_contrast_does_not_hold_the_matrix() -> None:
+def test_symmetric_contrast_does_not_hold_the_matrix(compiled_kernels: str) -> None:
     assert working_mebibytes(6144, 128, "symmetric") < 32  # the similarities alone are 144

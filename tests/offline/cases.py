@@ -34,13 +34,19 @@ WGMMA = [
 # Each global access of a source line with this text is at least 16 bytes wide.
 WIDE = [
     ("lowpass_kernels.forward_kernel", "56x56", "tile = tl.load("),
-    ("lowpass_kernels.forward_kernel", "14x14", "tile = tl.load("),
+    ("lowpass_kernels.forward_kernel", "tokens 14x14", "tile = tl.load("),
+    ("lowpass_kernels.forward_kernel", "nchw 14x14x256 bfloat16", "tl.load(first + run"),
+    ("lowpass_kernels.forward_kernel", "nchw 7x7x512 bfloat16", "tl.load(first + run"),
     ("lowpass_kernels.forward_kernel", "channels_last 7x7", "tile = tl.load("),
     ("lowpass_kernels.input_grad_kernel", "56x56", "tl.store("),
-    ("lowpass_kernels.input_grad_kernel", "14x14", "tl.store("),
+    ("lowpass_kernels.input_grad_kernel", "tokens 14x14", "tl.store("),
+    ("lowpass_kernels.input_grad_kernel", "nchw 14x14x256 bfloat16", "tl.store(first + run"),
+    ("lowpass_kernels.input_grad_kernel", "nchw 7x7x512 bfloat16", "tl.store(first + run"),
     ("lowpass_kernels.input_grad_kernel", "channels_last 7x7", "tl.store("),
     ("lowpass_kernels.weights_grad_kernel", "56x56", "tile = tl.load("),
-    ("lowpass_kernels.weights_grad_kernel", "14x14", "tile = tl.load("),
+    ("lowpass_kernels.weights_grad_kernel", "tokens 14x14", "tile = tl.load("),
+    ("lowpass_kernels.weights_grad_kernel", "nchw 14x14x256 bfloat16", "tl.load(first + run"),
+    ("lowpass_kernels.weights_grad_kernel", "nchw 7x7x512 bfloat16", "tl.load(first + run"),
     ("lowpass_kernels.weights_grad_kernel", "channels_last 7x7", "tile = tl.load("),
 ]
 
@@ -78,7 +84,7 @@ def _lowpass(dtype: torch.dtype, layout: str, size: tuple[int, int, int], learna
 
 def _lowpass_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     shapes = [("nchw", (256, 56, 56)), ("channels_last", (256, 56, 56)), ("tokens", (384, 14, 14))]
-    shapes += [("nchw", (512, 7, 7)), ("channels_last", (512, 7, 7)), ("nchw", (3, 5, 9))]
+    shapes += [("nchw", (512, 7, 7)), ("channels_last", (512, 7, 7)), ("nchw", (256, 14, 14)), ("nchw", (3, 5, 9))]
     for layout, size in shapes:
         for name, dtype in DTYPES.items():
             if name in ("float16", "float64") and (layout, size) != ("nchw", (256, 56, 56)):

@@ -181,7 +181,7 @@ def gradient_kernel(
 
 def statistics(pair: Pair, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and log-sum-exps of the rows, and of the positives' columns where symmetric."""
-    losses, row_lse, positives = pair.numbers(3, pair.batch)
+    losses, row_lse, positives = (pair.numbers(pair.batch) for _ in range(3))
     peaks, totals = pair.numbers(2, pair.batch if symmetric else 0)
     peaks.fill_(-torch.inf)
     totals.zero_()
@@ -196,7 +196,7 @@ def statistics(pair: Pair, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def one_pass(pair: Pair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses and log-sum-exps of the rows, sum_j W_ij f_j packed_j, and each row's gradient of the temperature."""
-    losses, row_lse, positives, temperature_grad = pair.numbers(4, pair.batch)
+    losses, row_lse, positives, temperature_grad = (pair.numbers(pair.batch) for _ in range(4))
     sums = pair.numbers(*pair.student.shape)
     for first, products, weights in _chunks(pair, with_weights=True):
         _softmax(pair, first, products, weights, losses, row_lse, positives, temperature_grad)

@@ -170,18 +170,18 @@ def gradient_kernel(
 
 def statistics(pair: Pair, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and log-sum-exps of the rows, and of the positives' columns where symmetric."""
-    losses, row_lse, positives, unused = pair.numbers(4, pair.batch)
+    losses, row_lse, positives, unused = (pair.numbers(pair.batch) for _ in range(4))
     _one_pass(pair, False, None, losses, row_lse, positives, unused)
     if not symmetric:
         return losses, row_lse, row_lse.new_empty(0)
-    along_columns, col_lse = pair.numbers(2, pair.batch)
+    along_columns, col_lse = pair.numbers(pair.batch), pair.numbers(pair.batch)
     _one_pass(pair, True, None, along_columns, col_lse, positives, unused)
     return (losses + along_columns) / 2, row_lse, col_lse
 
 
 def one_pass(pair: Pair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses and log-sum-exps of the rows, sum_j W_ij f_j packed_j, and each row's gradient of the temperature."""
-    losses, row_lse, positives, temperature_grad = pair.numbers(4, pair.batch)
+    losses, row_lse, positives, temperature_grad = (pair.numbers(pair.batch) for _ in range(4))
     sums = pair.numbers(*pair.student.shape)
     _one_pass(pair, False, sums, losses, row_lse, positives, temperature_grad)
     return losses, row_lse, sums, temperature_grad

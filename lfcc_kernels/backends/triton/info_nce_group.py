@@ -159,9 +159,8 @@ def info_nce_group(
     temperature; and the pair that each column of the gradient belongs to."""
     first, batch, keys, groups = students[0], len(students[0]), len(teachers[0]), len(students)
     widths = tuple(side.shape[1] for side in students)
-    numbers = first.new_empty(2, groups, batch, dtype=torch.float32)
-    losses, temperature_grads = numbers
-    result = numbers.new_empty(batch, sum(widths))
+    losses, temperature_grads = (first.new_empty(groups, batch, dtype=torch.float32) for _ in range(2))
+    result = losses.new_empty(batch, sum(widths))
     columns = torch.empty(sum(widths), dtype=torch.int64, device=first.device)
     most = table(runtime.chip(first.device).capability)["group_products"]
     with runtime.on_device(first):

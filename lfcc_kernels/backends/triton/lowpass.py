@@ -42,19 +42,42 @@ class _Map:
         """Blocks of channels of all images."""
         return self.batch * triton.cdiv(self.channels, tiles["BLOCK_C"])
 
-    def arguments(self) -> tuple[list[int], dict]:
-        """What a kernel gets of the map behind its data: channels, sides and strides, and how it lies in memory."""
+    def arguments(self, kernel: str, product: torch.dtype) -> tuple[list[int], dict]:
+        """What a kernel gets of the map behind its data: numbers, and how it lies in memory with tiles to suit.
+
+        Tiles are no larger than the map, and no smaller than tl.dot takes, for products of the given type.
+        """
+        tiles = tiling.tiles(kernel, str(product.itemsize), runtime.chip(self.data.device).capability)
         of_image, of_channel, of_row, of_column = self.strides
         if self.width == 1:
             of_column = of_row
         flat = self.height == 1 or of_row == self.width * of_column
-        inner, even = "nothing", [1]
+        inner, even, span = "nothing", [1], 0
         if of_channel == 1:
             inner, even = "channels", [of_image, of_row, of_column, self.channels]
         elif of_column == 1 and flat:
             inner, even = "positions", [of_image, of_channel, self.size]
+            run_c, run_k = self._run()
+            # Of two bytes alone: four are wider anyway, and with them the compiler spills.
+            if self.data.element_size() == 2 and math.gcd(8, *even) < 8 and of_channel == self.size and run_c:
+                inner, even, span = "run", [of_image], self.size
+                tiles = tiles | {"BLOCK_C": run_c, "BLOCK_K": run_k, "num_warps": 4}
+        warps = tiles.get("num_warps", 4)
+        tiles = tiling.cut(tiling.cut(tiles, "BLOCK_C", self.channels), "BLOCK_K", self.size)
+        if kernel == "lowpass_filter_grad" or span:  # sums as large with few channels; a run that all share
+            tiles["num_warps"] = warps
         numbers = [self.channels, self.height, self.width, of_image, of_channel, of_row, of_column]
-        return numbers, {"FLAT": flat, "INNER": inner, "EVEN": math.gcd(16, *even)}
+        run = triton.next_power_of_2(max(1, tiles["BLOCK_C"] * span))
+        layout = {"FLAT": flat, "INNER": inner, "EVEN": math.gcd(16, *even), "SPAN": span, "RUN": run}
+        return numbers, layout | tiles
+
+    def _run(self) -> tuple[int, int]:
+        """Channels and positions of a tile of whole maps without a rest; 0 channels where there is none."""
+        positions = max(16, triton.next_power_of_2(self.size))
+        channels = min(64, 8192 // positions)
+        while channels >= 16 and self.channels % channels:
+            channels //= 2
+        return (channels if channels >= 16 else 0), positions
 
 
 @dataclass(frozen=True)
@@ -83,14 +106,13 @@ def lowpass(
     with runtime.on_device(x):
         weights = _weights(source, scales, row_filters, col_filters, mean=False)
         product = weights.data.dtype
-        tiles = _tiles("lowpass", source, product)
-        numbers, layout = source.arguments()
+        numbers, layout = source.arguments("lowpass", product)
         block_n = _block_n(weights.columns)
-        kernels.forward_kernel[(source.blocks(tiles), weights.columns // block_n)](
+        kernels.forward_kernel[(source.blocks(layout), weights.columns // block_n)](
             source.data, weights.data, y, *numbers, SCALES=tuple(scales), CELLS=cells, N=weights.columns,
             PIECES=weights.pieces, AVERAGE=row_filters is None, PRODUCT=runtime.in_triton(product),
             PRECISION=runtime.precision(product, as_matmul=False), SUM=runtime.in_triton(accumulator(x.dtype)),
-            BLOCK_N=block_n, **layout, **tiles,
+            BLOCK_N=block_n, **layout,
         )  # fmt: skip
     return y
 
@@ -114,16 +136,15 @@ def lowpass_input_grad(
     with runtime.on_device(grad):
         weights = _weights(target, scales, row_filters, col_filters, mean=True)
         product = weights.data.dtype
-        tiles = _tiles("lowpass_input_grad", target, product)
-        images, blocks_k = target.blocks(tiles), triton.cdiv(target.size, tiles["BLOCK_K"])
+        numbers, layout = target.arguments("lowpass_input_grad", product)
+        images, blocks_k = target.blocks(layout), triton.cdiv(target.size, layout["BLOCK_K"])
         # Enough programs for every multiprocessor; more would only read dY again.
         splits = min(blocks_k, triton.cdiv(4 * runtime.chip(grad.device).multiprocessors, images))
-        numbers, layout = target.arguments()
         kernels.input_grad_kernel[(images, splits)](
             grad, weights.data, target.data, *numbers, triton.cdiv(blocks_k, splits), CELLS=grad.shape[1],
             N=weights.columns, PIECES=weights.pieces, PRODUCT=runtime.in_triton(product),
             PRECISION=runtime.precision(product, as_matmul=False), SUM=runtime.in_triton(accumulator(grad.dtype)),
-            BLOCK_N=_block_n(weights.columns), **layout, **tiles,
+            BLOCK_N=_block_n(weights.columns), **layout,
         )  # fmt: skip
     return grad_x
 
@@ -143,16 +164,15 @@ def lowpass_filter_grad(
     product, total = runtime.raised(x.dtype), accumulator(x.dtype)
     columns = _columns(grad.shape[1])
     block_n = _block_n(columns)
-    tiles = _tiles("lowpass_filter_grad", source, product)
-    numbers, layout = source.arguments()
+    numbers, layout = source.arguments("lowpass_filter_grad", product)
     with runtime.on_device(x):
-        blocks, blocks_k = source.blocks(tiles), triton.cdiv(source.size, tiles["BLOCK_K"])
+        blocks, blocks_k = source.blocks(layout), triton.cdiv(source.size, layout["BLOCK_K"])
         parts = min(blocks, triton.cdiv(2 * runtime.chip(x.device).multiprocessors, blocks_k))
         of_weights = grad.new_empty(parts, columns, source.size, dtype=total)
         kernels.weights_grad_kernel[(blocks_k, parts, columns // block_n)](
             grad, source.data, of_weights, source.batch, *numbers, CELLS=grad.shape[1], N=columns,
             PRODUCT=runtime.in_triton(product), PRECISION=runtime.precision(product, as_matmul=False),
-            SUM=runtime.in_triton(total), BLOCK_N=block_n, **layout, **tiles,
+            SUM=runtime.in_triton(total), BLOCK_N=block_n, **layout,
         )  # fmt: skip
         kernels.filter_grads_kernel[(sum(scales),)](
             of_weights.sum(0), row_filters.contiguous(), col_filters.contiguous(), *grads, source.height, source.width,
@@ -160,16 +180,6 @@ def lowpass_filter_grad(
             BLOCK_H=16, BLOCK_W=triton.next_power_of_2(source.width),
         )  # fmt: skip
     return grads
-
-
-def _tiles(kernel: str, source: _Map, product: torch.dtype) -> dict[str, int]:
-    """Tiles no larger than the map, and no smaller than tl.dot takes, for products of this type."""
-    architecture = runtime.chip(source.data.device).capability
-    tiles = tiling.tiles(kernel, str(product.itemsize), architecture)
-    warps = tiles.get("num_warps", 4)
-    tiles = tiling.cut(tiling.cut(tiles, "BLOCK_C", source.channels), "BLOCK_K", source.size)
-    # The sums of filter gradients are as large with few channels.
-    return tiles | {"num_warps": warps} if kernel == "lowpass_filter_grad" else tiles
 
 
 def _block_n(columns: int) -> int:

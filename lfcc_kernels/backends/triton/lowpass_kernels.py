@@ -11,7 +11,8 @@ weights, so tensor cores lose nothing; the average keeps windows of ones and mul
 which leaves constant maps exact.
 
 Tiles are (channels of an image) x (positions). Strides are free: where positions (NCHW) or channels (channels-last,
-tokens) lie next to each other, accesses along them are 16 bytes wide.
+tokens) lie next to each other, accesses along them are 16 bytes wide. Two-byte maps of NCHW that are no multiple of 16
+bytes, as 7 x 7 and 14 x 14, are read and written as one run over the tile's channels, put in order in shared memory.
 
 Bytes: X + Y forward, dX + dY backward, and M from L2 once a tile of channels: 64 / (2 BLOCK_C) of X's at two bytes.
 FLOPs: 64 an element of X and piece of M, which tensor cores do in a fraction of the time the bytes take.
@@ -71,6 +72,26 @@ def _even(size, channels, stride_b, stride_c, stride_h, stride_w, INNER: tl.cons
 
 
 @triton.jit
+def _load_run(first, SPAN: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The tile of BLOCK_C maps of SPAN positions that follow each other from `first`. What is beyond a map's positions
+    is not zero."""
+    run = tl.arange(0, RUN)
+    values = tl.load(first + run, mask=run < BLOCK_C * SPAN, other=0.0)
+    place = tl.arange(0, BLOCK_C * BLOCK_K)
+    source = (place // BLOCK_K) * SPAN + tl.minimum(place % BLOCK_K, SPAN - 1)
+    return tl.reshape(tl.gather(values, source, 0), (BLOCK_C, BLOCK_K))
+
+
+@triton.jit
+def _store_run(first, tile, SPAN: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Puts the tile of BLOCK_C maps of SPAN positions, one after the other, from `first` on."""
+    run = tl.arange(0, RUN)
+    source = tl.minimum(run // SPAN, BLOCK_C - 1) * BLOCK_K + run % SPAN
+    values = tl.gather(tl.reshape(tile, (BLOCK_C * BLOCK_K,)), source, 0)
+    tl.store(first + run, values, mask=run < BLOCK_C * SPAN)
+
+
+@triton.jit
 def weights_kernel(
     row_filters, col_filters, weights, height, width,
     SCALES: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FILTERED: tl.constexpr, MEAN: tl.constexpr,
@@ -103,8 +124,8 @@ def weights_kernel(
 def forward_kernel(
     x, weights, y, channels, height, width, stride_b, stride_c, stride_h, stride_w,
     SCALES: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, AVERAGE: tl.constexpr,
-    FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one image, all its positions, BLOCK_N cells: all of them if scales are few."""
     COMPENSATED: tl.constexpr = x.dtype.element_ty.primitive_bitwidth >= 32
@@ -116,12 +137,16 @@ def forward_kernel(
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     cell, step = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     maps = x + image * stride_b + c[:, None].to(tl.int64) * stride_c
+    first = x + image * stride_b + (tl.program_id(0) % blocks_c).to(tl.int64) * BLOCK_C * SPAN
     sums = tl.zeros((BLOCK_C, BLOCK_N), SUM)
     lost = tl.zeros((BLOCK_C, BLOCK_N), SUM)
     for k0 in tl.range(0, size, BLOCK_K):
         k = k0 + step
-        mask = (c < channels)[:, None] & (k < size)[None, :]
-        tile = tl.load(maps + _positions(k, stride_h, stride_w, width, FLAT)[None, :], mask=mask, other=0.0)
+        if INNER == "run":
+            tile = _load_run(first, SPAN, RUN, BLOCK_C, BLOCK_K)
+        else:
+            mask = (c < channels)[:, None] & (k < size)[None, :]
+            tile = tl.load(maps + _positions(k, stride_h, stride_w, width, FLAT)[None, :], mask=mask, other=0.0)
         # Four-byte results show the rounding of a sum of thousands, so theirs is taken with compensation (Kahan).
         part = tl.zeros((BLOCK_C, BLOCK_N), SUM) if COMPENSATED else sums
         for n in tl.static_range(PIECES):
@@ -138,16 +163,17 @@ def forward_kernel(
 
     if AVERAGE:
         # NaN or infinity in a map times the zero weight of a window outside it is NaN: sum such maps by windows.
+        # In small steps, so that this rare way takes no registers from the other one.
         if tl.max(tl.where(tl.abs(sums) < float("inf"), 0, 1)) > 0:
             for n in tl.range(tl.program_id(1) * BLOCK_N, tl.minimum(CELLS, (tl.program_id(1) + 1) * BLOCK_N)):
                 column = tl.zeros((BLOCK_C,), SUM)
-                for k0 in tl.range(0, size, BLOCK_K):
-                    k = k0 + step
+                for k0 in tl.range(0, size, 16):
+                    k = k0 + tl.arange(0, 16)
                     mask = (c < channels)[:, None] & (k < size)[None, :]
                     offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
-                    tile = tl.load(maps + offset, mask=mask, other=0.0).to(SUM)
+                    part = tl.load(maps + offset, mask=mask, other=0.0).to(SUM)
                     weight = tl.load(weights + k * N + n, mask=k < size, other=0.0)
-                    column += tl.sum(tl.where(weight[None, :] != 0, tile, 0.0), 1)
+                    column += tl.sum(tl.where(weight[None, :] != 0, part, 0.0), 1)
                 sums = tl.where((cell == n)[None, :], column[:, None], sums)
         _row, _col, top, bottom, left, right = _cells(cell, height, width, SCALES)
         sums = _divide(sums, _areas(top, bottom, left, right, SUM)[None, :])
@@ -160,8 +186,8 @@ def forward_kernel(
 def input_grad_kernel(
     grad, weights, grad_x, channels, height, width, stride_b, stride_c, stride_h, stride_w, steps,
     CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr,
-    EVEN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one image, `steps` blocks of positions; dY is read once if cells are few."""
     size, channels, stride_b, stride_c, stride_h, stride_w = _even(
@@ -186,16 +212,20 @@ def input_grad_kernel(
                 from_weights = weights + n * size * N + k[None, :] * N + n0 + cell[:, None]
                 piece = tl.load(from_weights, mask=(k < size)[None, :], other=0.0)
                 tile = tl.dot(upstream, piece, tile, input_precision=PRECISION, out_dtype=SUM)
-        offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
-        inside = (c < channels)[:, None] & (k < size)[None, :]
-        tl.store(maps + offset, tile.to(grad_x.dtype.element_ty), mask=inside)
+        if INNER == "run":
+            first = grad_x + image * stride_b + (tl.program_id(0) % blocks_c).to(tl.int64) * BLOCK_C * SPAN
+            _store_run(first, tile.to(grad_x.dtype.element_ty), SPAN, RUN, BLOCK_C, BLOCK_K)
+        else:
+            offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
+            inside = (c < channels)[:, None] & (k < size)[None, :]
+            tl.store(maps + offset, tile.to(grad_x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def weights_grad_kernel(
     grad, x, parts, batch, channels, height, width, stride_b, stride_c, stride_h, stride_w,
     CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    SPAN: tl.constexpr, RUN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of dM, summed over every so many-th (image, block of channels)."""
@@ -213,10 +243,14 @@ def weights_grad_kernel(
         place = grad + image * CELLS * channels + cell[:, None] * channels + c[None, :]
         mask = (cell < CELLS)[:, None] & (c < channels)[None, :]
         upstream = tl.load(place, mask=mask, other=0.0).to(PRODUCT)
-        maps = x + image * stride_b + c[:, None].to(tl.int64) * stride_c
-        inside = (c < channels)[:, None] & (k < size)[None, :]
-        tile = tl.load(maps + offset, mask=inside, other=0.0).to(PRODUCT)
-        sums = tl.dot(upstream, tile, sums, input_precision=PRECISION, out_dtype=SUM)
+        if INNER == "run":
+            first = x + image * stride_b + (block % blocks_c).to(tl.int64) * BLOCK_C * SPAN
+            tile = _load_run(first, SPAN, RUN, BLOCK_C, BLOCK_K)
+        else:
+            maps = x + image * stride_b + c[:, None].to(tl.int64) * stride_c
+            inside = (c < channels)[:, None] & (k < size)[None, :]
+            tile = tl.load(maps + offset, mask=inside, other=0.0)
+        sums = tl.dot(upstream, tile.to(PRODUCT), sums, input_precision=PRECISION, out_dtype=SUM)
     place = parts + tl.program_id(1).to(tl.int64) * N * size + cell[:, None] * size + k[None, :]
     tl.store(place, sums, mask=(k < size)[None, :])
 
