@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import assert_close_to_truth, gradients, loop_lowpass, rounding, torch_lowpass, window_means
-from scipy.fft import dct
 from torch import Tensor, nn, randn
 
 import lfcc_kernels as lk
@@ -122,7 +121,8 @@ def test_gaussian_is_the_formula() -> None:
 @pytest.mark.parametrize("size", [(4, 4), (7, 14), (13, 31)])
 def test_dct_is_scipys(backend: str, size: tuple[int, int]) -> None:
     x = randn(2, 3, *size, dtype=torch.float64)
-    transformed = torch.tensor(dct(dct(x.numpy(), axis=2, norm="ortho"), axis=3, norm="ortho"))
+    dct = pytest.importorskip("scipy.fft").dct
+    transformed = torch.tensor(dct(dct(x.cpu().numpy(), axis=2, norm="ortho"), axis=3, norm="ortho"))
     expected = torch.cat([transformed[:, :, :s, :s].flatten(2).transpose(1, 2) for s in SCALES], 1)
     torch.testing.assert_close(lk.LowPassPyramid(SCALES, "dct")(x), expected)
 
