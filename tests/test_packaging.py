@@ -38,6 +38,7 @@ with lk.use_backend("cpu"):
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1", **environment}
+    environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
