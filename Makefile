@@ -8,7 +8,7 @@ TORCH ?= $(if $(filter .venv,$(VENV)),torch==2.14.1 torchvision==0.29.1,torch to
 OTHER_TORCH ?= torch==2.13.0
 OLD_TRITON := triton==3.6.0
 RUFF := ruff==0.17.6
-SHARDS := 8
+SHARDS = $(shell nproc)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check

@@ -63,7 +63,7 @@ def compiled_kernels() -> Iterator[str]:
 
 
 def _serve(name: str) -> Iterator[str]:
-    if reason := why_missing().get(name):
+    if reason := why_missing(name):
         pytest.skip(reason)
     # Tensors that a test makes lie where the backend wants them, its oracles' among them.
     with torch.device("cuda" if name == "triton" and ON_GPU else "cpu"), lk.use_backend(name):

@@ -138,3 +138,13 @@ def test_nan_and_inf_come_out(
     {"student": student, "teacher": teacher}[side][rows - 2, 7] = bad
     loss = lk.info_nce(student.requires_grad_(learns), teacher, direction=direction, normalize=normalize)
     assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [0.0, 1e-36])
+def test_an_upstream_gradient_of_next_to_nothing(backend: str, size: float, dtype: torch.dtype, direction: str) -> None:
+    """As a loss weight of zero gives: gradients of next to nothing, and no NaN."""
+    student, teacher = (randn(70, 33).to(dtype).requires_grad_() for _ in range(2))
+    loss = lk.info_nce(student, teacher, direction=direction)
+    for grad in gradients(loss, [student, teacher], torch.full_like(loss, size)):
+        assert grad.isfinite().all() and grad.abs().max() <= size * 1e3

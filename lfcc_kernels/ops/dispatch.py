@@ -21,12 +21,14 @@ _choice = _Choice()
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can serve on this machine; "eager" always can."""
-    return ("eager", *(name for name, reason in why_missing().items() if not reason))
+    return ("eager", *(name for name in ("cpu", "triton") if not why_missing(name)))
 
 
-def why_missing() -> dict[str, str]:
-    """Of each backend but eager, why it cannot serve on this machine, or an empty string."""
-    return {"cpu": native.missing, "triton": triton.missing()}
+def why_missing(name: str) -> str:
+    """Why a backend cannot serve on this machine, or an empty string."""
+    if name == "cpu":
+        return native.missing
+    return triton.missing() if name == "triton" else ""
 
 
 @contextmanager
@@ -74,10 +76,10 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _check(name: str) -> None:
-    reasons = why_missing()
-    if name in (AUTO, "eager") or reasons.get(name) == "":
+    reason = why_missing(name)
+    if name in (AUTO, "eager", "cpu", "triton") and not reason:
         return
-    reason = f" ({reasons[name]})" if name in reasons else ""
+    reason = f" ({reason})" if reason else ""
     raise ValueError(
         f"backend {name!r} is not available{reason}; available are auto, {', '.join(available_backends())}"
     )

@@ -55,7 +55,7 @@ def _(grad, size, channels_last, scales, row_filters, col_filters, grid, prefix_
 
 @register_fake("lowpass_filter_grad")
 def _(grad, x, scales, row_filters, col_filters, grid, prefix_tokens):
-    return torch.empty_like(row_filters), torch.empty_like(col_filters)
+    return row_filters.new_empty(row_filters.shape), col_filters.new_empty(col_filters.shape)
 
 
 def _setup_context(ctx, inputs, output):

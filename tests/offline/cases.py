@@ -24,10 +24,10 @@ WGMMA = [
     ("info_nce_group.products_kernel", ""),
     ("info_nce_group.sums_kernel", ""),
     ("lowpass_kernels.forward_kernel", "56x56"),
-    ("lowpass_kernels.forward_kernel", "14x14"),
+    ("lowpass_kernels.forward_kernel", "tokens 14x14"),
     ("lowpass_kernels.forward_kernel", "7x7"),
     ("lowpass_kernels.input_grad_kernel", "56x56"),
-    ("lowpass_kernels.input_grad_kernel", "14x14"),
+    ("lowpass_kernels.input_grad_kernel", "tokens 14x14"),
     ("lowpass_kernels.input_grad_kernel", "7x7"),
 ]
 
@@ -117,6 +117,7 @@ def _info_nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 continue
             yield f"info_nce {rows}x{width} {name}", _info_nce(dtype, rows, width, with_ids=False)
         yield f"info_nce {rows}x{width} bfloat16 ids", _info_nce(torch.bfloat16, rows, width, with_ids=True)
+    yield "info_nce 1x1 float32", _info_nce(torch.float32, 1, 1, with_ids=False)  # sizes of 1 become constants
 
 
 def _group(dtype: torch.dtype, rows: int, with_ids: bool) -> Callable[[], object]:
@@ -136,6 +137,7 @@ def _group_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, dtype in DTYPES.items():
         if name != "float64":  # which has no group
             yield f"group 128 {name}", _group(dtype, 128, with_ids=name == "bfloat16")
+    yield "group 1 float32", _group(torch.float32, 1, with_ids=False)
 
 
 CASES = {**dict(_lowpass_cases()), **dict(_info_nce_cases()), **dict(_group_cases())}

@@ -74,7 +74,7 @@ def info_nce_grad(
         way, pair = packed(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize)
         grad = grad.contiguous()
         # Weights of float16 are taken relative to the largest upstream gradient, which may be of any size.
-        magnitude = grad.abs().max().clamp(min=torch.finfo(grad.dtype).tiny) if pair.gain != 1 else None
+        magnitude = grad.abs().max().clamp(min=2.0**-100) if pair.gain != 1 else None
         lse = row_lse.contiguous(), col_lse.contiguous()
         sums, slopes = way.gradient(pair, grad, *lse, magnitude, symmetric, of_teacher)
         side_grad = student.new_empty((teacher if of_teacher else student).shape)

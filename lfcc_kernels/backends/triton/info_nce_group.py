@@ -114,7 +114,7 @@ def sums_kernel(
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     d, step = column * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
     of_rows = weights + (group.to(tl.int64) * batch + row[:, None]) * key_count
-    teachers = packed + (batch + key_count) * before_padded + batch.to(tl.int64) * padded + d[None, :]
+    teachers = packed + (batch + key_count) * before_padded + tl.cast(batch, tl.int64) * padded + d[None, :]
     total = tl.zeros((BLOCK_B, BLOCK_D), SUM)
     for k0 in tl.range(0, key_count, BLOCK_K):
         key = k0 + step

@@ -25,15 +25,17 @@ EPS = tl.constexpr(1e-12)  # the least norm, as in torch.nn.functional.normalize
 
 
 @triton.jit
-def _power_of_two(value):
-    """The largest power of two up to `value`, between 2^-100 and 2^100 (2^-900 and 2^900 of float64)."""
+def _inverse_power_of_two(value):
+    """One over the largest power of two up to `value`, between 2^-100 and 2^100 (2^-900 and 2^900 of float64)."""
     if value.dtype == tl.float64:
         bits = value.to(tl.int64, bitcast=True) & 0x7FF0000000000000
         power = tl.minimum(tl.maximum(bits.to(tl.float64, bitcast=True), 2.0**-900), 2.0**900)
+        inverse = 1.0 / power
     else:
         bits = value.to(tl.int32, bitcast=True) & 0x7F800000
         power = tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True), 2.0**-100), 2.0**100)
-    return power
+        inverse = tl.div_rn(tl.full(value.shape, 1.0, tl.float32), power)
+    return inverse
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def pack_rows(
             mask = inside[:, None] & (d0 + step < width)[None, :]
             values = tl.load(from_rows + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
             largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
-        scale = 1.0 / _power_of_two(largest)
+        scale = _inverse_power_of_two(largest)
     squares = tl.zeros(row.shape, SUM)
     for d0 in tl.range(0, padded, BLOCK_D):
         mask = inside[:, None] & (d0 + step < width)[None, :]
@@ -243,7 +245,7 @@ def finish(pair: Pair, sums: Tensor, of_teacher: bool, magnitude: Tensor | None,
 def given_temperature(temperature: Tensor, numbers: Tensor) -> Tensor | float:
     """As the kernel takes it: by value from the CPU, so that nothing waits for a copy, else where it lies."""
     if temperature.device.type != "cpu":
-        return temperature
+        return temperature.to(numbers.device)
     value = temperature.item()
     if not 0 < value < float("inf"):
         raise ValueError(f"info_nce: temperature is {value}; expected a positive finite number, as 0.1")

@@ -1,6 +1,5 @@
 """Launches the kernels of `lowpass_kernels.py`; arguments are those of the ops in `lfcc_kernels/ops/lowpass.py`."""
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -42,7 +41,7 @@ class _Map:
         """Blocks of channels of all images."""
         return self.batch * triton.cdiv(self.channels, tiles["BLOCK_C"])
 
-    def arguments(self, kernel: str, product: torch.dtype) -> tuple[list[int], dict]:
+    def arguments(self, kernel: str, product: torch.dtype, columns: int) -> tuple[list[int], dict]:
         """What a kernel gets of the map behind its data: numbers, and how it lies in memory with tiles to suit.
 
         Tiles are no larger than the map, and no smaller than tl.dot takes, for products of the given type.
@@ -57,24 +56,27 @@ class _Map:
             inner, even = "channels", [of_image, of_row, of_column, self.channels]
         elif of_column == 1 and flat:
             inner, even = "positions", [of_image, of_channel, self.size]
-            run_c, run_k = self._run()
+            run_c, run_k = self._run(columns)
             # Of two bytes alone: four are wider anyway, and with them the compiler spills.
-            if self.data.element_size() == 2 and math.gcd(8, *even) < 8 and of_channel == self.size and run_c:
+            if product.itemsize == 2 and math.gcd(8, *even) < 8 and of_channel == self.size and run_c:
                 inner, even, span = "run", [of_image], self.size
+                # One trip takes it all, so that stages would only take shared memory.
                 tiles = tiles | {"BLOCK_C": run_c, "BLOCK_K": run_k, "num_warps": 4}
+                tiles |= {"num_warps": 8, "num_stages": 1} if kernel == "lowpass" else {}
         warps = tiles.get("num_warps", 4)
         tiles = tiling.cut(tiling.cut(tiles, "BLOCK_C", self.channels), "BLOCK_K", self.size)
         if kernel == "lowpass_filter_grad" or span:  # sums as large with few channels; a run that all share
             tiles["num_warps"] = warps
         numbers = [self.channels, self.height, self.width, of_image, of_channel, of_row, of_column]
         run = triton.next_power_of_2(max(1, tiles["BLOCK_C"] * span))
-        layout = {"FLAT": flat, "INNER": inner, "EVEN": math.gcd(16, *even), "SPAN": span, "RUN": run}
+        wide = (self.size - 1) * max(of_row, of_column) >= 2**31
+        layout = {"FLAT": flat, "WIDE": wide, "INNER": inner, "EVEN": math.gcd(16, *even), "SPAN": span, "RUN": run}
         return numbers, layout | tiles
 
-    def _run(self) -> tuple[int, int]:
+    def _run(self, columns: int) -> tuple[int, int]:
         """Channels and positions of a tile of whole maps without a rest; 0 channels where there is none."""
         positions = max(16, triton.next_power_of_2(self.size))
-        channels = min(64, 8192 // positions)
+        channels = min(64, 8192 // positions) if positions * min(columns, 64) <= 8192 else 0
         while channels >= 16 and self.channels % channels:
             channels //= 2
         return (channels if channels >= 16 else 0), positions
@@ -106,7 +108,7 @@ def lowpass(
     with runtime.on_device(x):
         weights = _weights(source, scales, row_filters, col_filters, mean=False)
         product = weights.data.dtype
-        numbers, layout = source.arguments("lowpass", product)
+        numbers, layout = source.arguments("lowpass", product, weights.columns)
         block_n = _block_n(weights.columns)
         kernels.forward_kernel[(source.blocks(layout), weights.columns // block_n)](
             source.data, weights.data, y, *numbers, SCALES=tuple(scales), CELLS=cells, N=weights.columns,
@@ -136,7 +138,7 @@ def lowpass_input_grad(
     with runtime.on_device(grad):
         weights = _weights(target, scales, row_filters, col_filters, mean=True)
         product = weights.data.dtype
-        numbers, layout = target.arguments("lowpass_input_grad", product)
+        numbers, layout = target.arguments("lowpass_input_grad", product, weights.columns)
         images, blocks_k = target.blocks(layout), triton.cdiv(target.size, layout["BLOCK_K"])
         # Enough programs for every multiprocessor; more would only read dY again.
         splits = min(blocks_k, triton.cdiv(4 * runtime.chip(grad.device).multiprocessors, images))
@@ -164,7 +166,7 @@ def lowpass_filter_grad(
     product, total = runtime.raised(x.dtype), accumulator(x.dtype)
     columns = _columns(grad.shape[1])
     block_n = _block_n(columns)
-    numbers, layout = source.arguments("lowpass_filter_grad", product)
+    numbers, layout = source.arguments("lowpass_filter_grad", product, columns)
     with runtime.on_device(x):
         blocks, blocks_k = source.blocks(layout), triton.cdiv(source.size, layout["BLOCK_K"])
         parts = min(blocks, triton.cdiv(2 * runtime.chip(x.device).multiprocessors, blocks_k))
@@ -193,21 +195,21 @@ def _columns(cells: int) -> int:
 def _weights(
     source: _Map, scales: list[int], row_filters: Tensor | None, col_filters: Tensor | None, mean: bool
 ) -> _Weights:
-    """M of these filters; the average's windows of ones, divided by their size if `mean`."""
-    shape, dtype = (source.height, source.width), source.data.dtype
+    """M of these filters; the average's windows of ones, divided by their size if `mean`.
+
+    Made anew in every call, a launch of microseconds: what is kept would be lost to CUDA graphs, which own the memory
+    that is taken while they warm up.
+    """
+    dtype = source.data.dtype
     exact = row_filters is None and not mean
     # Weights with digits are one matrix of float32, or two of bfloat16, whose range is the same; float16's is not.
     if dtype == torch.float16 and not exact:
         dtype = torch.float32
     dtype = runtime.raised(dtype)
     pieces = 2 if dtype == torch.bfloat16 and not exact else 1
-    if row_filters is not None and col_filters is not None:
-        return _make_weights(shape, tuple(scales), dtype, pieces, source.data.device, mean, row_filters, col_filters)
-    # What a graph under capture writes is there only once the graph has run, so it is not kept.
-    arguments = shape, tuple(scales), dtype, pieces, source.data.device, mean
-    if runtime.capturing():
-        return _make_weights(*arguments)
-    return _kept_weights(runtime.stream(source.data), *arguments)
+    return _make_weights(
+        (source.height, source.width), tuple(scales), dtype, pieces, source.data.device, mean, row_filters, col_filters
+    )
 
 
 def _make_weights(
@@ -233,9 +235,3 @@ def _make_weights(
         SUM=runtime.in_triton(accumulator(dtype)), BLOCK_K=block_k, BLOCK_N=block_n,
     )  # fmt: skip
     return _Weights(data, pieces)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_weights(_stream: int, *arguments) -> _Weights:
-    """Made once a stream, since another one would have to wait for it."""
-    return _make_weights(*arguments)

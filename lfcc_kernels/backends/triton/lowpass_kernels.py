@@ -53,8 +53,10 @@ def _divide(numerator, denominator):
 
 
 @triton.jit
-def _positions(k, stride_h, stride_w, width, FLAT: tl.constexpr):
-    """Offsets of positions inside a channel's map; FLAT where rows follow each other without a gap."""
+def _positions(k, stride_h, stride_w, width, FLAT: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of positions inside a channel's map; FLAT where rows follow each other without a gap, WIDE where they do
+    not fit 32 bits."""
+    k = k.to(tl.int64) if WIDE else k
     return k * stride_w if FLAT else (k // width) * stride_h + (k % width) * stride_w
 
 
@@ -124,8 +126,8 @@ def weights_kernel(
 def forward_kernel(
     x, weights, y, channels, height, width, stride_b, stride_c, stride_h, stride_w,
     SCALES: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, AVERAGE: tl.constexpr,
-    FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, SPAN: tl.constexpr,
+    RUN: tl.constexpr,     PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one image, all its positions, BLOCK_N cells: all of them if scales are few."""
@@ -147,7 +149,7 @@ def forward_kernel(
             tile = _load_run(first, SPAN, RUN, BLOCK_C, BLOCK_K)
         else:
             mask = (c < channels)[:, None] & (k < size)[None, :]
-            tile = tl.load(maps + _positions(k, stride_h, stride_w, width, FLAT)[None, :], mask=mask, other=0.0)
+            tile = tl.load(maps + _positions(k, stride_h, stride_w, width, FLAT, WIDE)[None, :], mask=mask, other=0.0)
         # Four-byte results show the rounding of a sum of thousands, so theirs is taken with compensation (Kahan).
         part = tl.zeros((BLOCK_C, BLOCK_N), SUM) if COMPENSATED else sums
         for n in tl.static_range(PIECES):
@@ -171,7 +173,7 @@ def forward_kernel(
                 for k0 in tl.range(0, size, 16):
                     k = k0 + tl.arange(0, 16)
                     mask = (c < channels)[:, None] & (k < size)[None, :]
-                    offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
+                    offset = _positions(k, stride_h, stride_w, width, FLAT, WIDE)[None, :]
                     part = tl.load(maps + offset, mask=mask, other=0.0).to(SUM)
                     weight = tl.load(weights + k * N + n, mask=k < size, other=0.0)
                     column += tl.sum(tl.where(weight[None, :] != 0, part, 0.0), 1)
@@ -186,8 +188,9 @@ def forward_kernel(
 @triton.jit
 def input_grad_kernel(
     grad, weights, grad_x, channels, height, width, stride_b, stride_c, stride_h, stride_w, steps,
-    CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr,
-    EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    INNER: tl.constexpr, EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one image, `steps` blocks of positions; dY is read once if cells are few."""
@@ -217,7 +220,7 @@ def input_grad_kernel(
             first = grad_x + image * stride_b + (tl.program_id(0) % blocks_c).to(tl.int64) * BLOCK_C * SPAN
             _store_run(first, tile.to(grad_x.dtype.element_ty), SPAN, RUN, BLOCK_C, BLOCK_K)
         else:
-            offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
+            offset = _positions(k, stride_h, stride_w, width, FLAT, WIDE)[None, :]
             inside = (c < channels)[:, None] & (k < size)[None, :]
             tl.store(maps + offset, tile.to(grad_x.dtype.element_ty), mask=inside)
 
@@ -225,8 +228,9 @@ def input_grad_kernel(
 @triton.jit
 def weights_grad_kernel(
     grad, x, parts, batch, channels, height, width, stride_b, stride_c, stride_h, stride_w,
-    CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
-    SPAN: tl.constexpr, RUN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
+    EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    SUM: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of dM, summed over every so many-th (image, block of channels)."""
@@ -235,7 +239,7 @@ def weights_grad_kernel(
     )
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     cell = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offset = _positions(k, stride_h, stride_w, width, FLAT)[None, :]
+    offset = _positions(k, stride_h, stride_w, width, FLAT, WIDE)[None, :]
     blocks_c = tl.cdiv(channels, BLOCK_C)
     sums = tl.zeros((BLOCK_N, BLOCK_K), SUM)
     for block in tl.range(tl.program_id(1), batch * blocks_c, tl.num_programs(1)):

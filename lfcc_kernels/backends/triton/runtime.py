@@ -15,7 +15,7 @@ from lfcc_kernels.backends.triton import INTERPRET
 class Chip:
     """What the choice of tiles depends on."""
 
-    capability: int  # 90 for compute capability 9.0; 0 in the interpreter
+    capability: int  # whose table serves: 90 for compute capability 9.0; 0 in the interpreter
     multiprocessors: int
     l2_bytes: int
 
@@ -25,22 +25,16 @@ def chip(device: torch.device) -> Chip:
     if INTERPRET:
         return Chip(0, 1, 1 << 20)
     properties = torch.cuda.get_device_properties(device)
-    return Chip(10 * properties.major + properties.minor, properties.multi_processor_count, properties.L2_cache_size)
+    capability = 10 * properties.major + properties.minor
+    # Consumer chips have less shared memory than tiles of the newer tables take.
+    if properties.shared_memory_per_block_optin < 160 << 10:
+        capability = 80
+    return Chip(capability, properties.multi_processor_count, properties.L2_cache_size)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of the tensors."""
     return nullcontext() if INTERPRET else torch.cuda.device(tensor.device)
-
-
-def capturing() -> bool:
-    """Whether launches are being recorded into a CUDA graph, so that nothing they write is there yet."""
-    return not INTERPRET and torch.cuda.is_current_stream_capturing()
-
-
-def stream(tensor: Tensor) -> int:
-    """The stream that launches go to."""
-    return 0 if INTERPRET else torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def raised(dtype: torch.dtype) -> torch.dtype:

@@ -38,13 +38,11 @@ class DeviceClock:
 def compiling() -> Iterator[None]:
     """In this block launchers compile what they would launch, in threads, and launch nothing; errors come later, with
     the launch. Triton's compiler is mostly outside Python's lock."""
-    capturing, threads = runtime.capturing, ThreadPoolExecutor(os.cpu_count())
-    runtime.capturing = lambda: True  # launchers then keep nothing that a launch should have written
+    threads = ThreadPoolExecutor(os.cpu_count())
     try:
         with _launching(_compile), triton.AsyncCompileMode(threads, ignore_errors=True):
             yield
     finally:
-        runtime.capturing = capturing
         threads.shutdown(cancel_futures=True)
 
 
