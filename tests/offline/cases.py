@@ -33,7 +33,8 @@ WGMMA = [
 
 # Each global access of a source line with this text is at least 16 bytes wide.
 WIDE = [
-    ("lowpass_kernels.forward_kernel", "56x56", "tile = tl.load("),
+    ("lowpass_kernels.forward_kernel", "56x56x256 bfloat16", "tile = tl.load("),
+    ("lowpass_kernels.forward_kernel", "56x56x256 float32", "tile = tl.load("),
     ("lowpass_kernels.forward_kernel", "tokens 14x14", "tile = tl.load("),
     ("lowpass_kernels.forward_kernel", "nchw 14x14x256 bfloat16", "tl.load(first + run"),
     ("lowpass_kernels.forward_kernel", "nchw 7x7x512 bfloat16", "tl.load(first + run"),

@@ -65,8 +65,11 @@ class _Map:
                 tiles |= {"num_warps": 8, "num_stages": 1} if kernel == "lowpass" else {}
         warps = tiles.get("num_warps", 4)
         tiles = tiling.cut(tiling.cut(tiles, "BLOCK_C", self.channels), "BLOCK_K", self.size)
-        if kernel == "lowpass_filter_grad" or span:  # sums as large with few channels; a run that all share
+        # Sums of filter gradients are as large with few channels, a run is shared by all, and wgmma takes four warps.
+        if kernel == "lowpass_filter_grad" or span:
             tiles["num_warps"] = warps
+        elif tiles["BLOCK_C"] >= 64:
+            tiles["num_warps"] = max(4, tiles["num_warps"])
         numbers = [self.channels, self.height, self.width, of_image, of_channel, of_row, of_column]
         run = triton.next_power_of_2(max(1, tiles["BLOCK_C"] * span))
         wide = (self.size - 1) * max(of_row, of_column) >= 2**31
