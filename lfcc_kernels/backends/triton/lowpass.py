@@ -204,37 +204,20 @@ def _weights(
     that is taken while they warm up.
     """
     dtype = source.data.dtype
-    exact = row_filters is None and not mean
+    filtered = row_filters is not None and col_filters is not None
+    exact = not filtered and not mean
     # Weights with digits are one matrix of float32, or two of bfloat16, whose range is the same; float16's is not.
     if dtype == torch.float16 and not exact:
         dtype = torch.float32
     dtype = runtime.raised(dtype)
     pieces = 2 if dtype == torch.bfloat16 and not exact else 1
-    return _make_weights(
-        (source.height, source.width), tuple(scales), dtype, pieces, source.data.device, mean, row_filters, col_filters
-    )
-
-
-def _make_weights(
-    shape: tuple[int, int],
-    scales: tuple[int, ...],
-    dtype: torch.dtype,
-    pieces: int,
-    device: torch.device,
-    mean: bool,
-    row_filters: Tensor | None = None,
-    col_filters: Tensor | None = None,
-) -> _Weights:
-    height, width = shape
     columns = _columns(sum(s * s for s in scales))
-    data = torch.empty(pieces, height * width, columns, dtype=dtype, device=device)
-    filtered = row_filters is not None and col_filters is not None
-    mean = mean and not filtered
+    data = torch.empty(pieces, source.size, columns, dtype=dtype, device=source.data.device)
     block_n = _block_n(columns)
-    block_k = tiling.tiles("weights", "any", runtime.chip(device).capability)["BLOCK_K"]
-    kernels.weights_kernel[(triton.cdiv(height * width, block_k), columns // block_n)](
+    block_k = tiling.tiles("weights", "any", runtime.chip(data.device).capability)["BLOCK_K"]
+    kernels.weights_kernel[(triton.cdiv(source.size, block_k), columns // block_n)](
         row_filters.contiguous() if filtered else data, col_filters.contiguous() if filtered else data, data,
-        height, width, SCALES=scales, N=columns, PIECES=pieces, FILTERED=filtered, MEAN=mean,
-        SUM=runtime.in_triton(accumulator(dtype)), BLOCK_K=block_k, BLOCK_N=block_n,
+        source.height, source.width, SCALES=tuple(scales), N=columns, PIECES=pieces, FILTERED=filtered,
+        MEAN=mean and not filtered, SUM=runtime.in_triton(accumulator(dtype)), BLOCK_K=block_k, BLOCK_N=block_n,
     )  # fmt: skip
     return _Weights(data, pieces)

@@ -127,7 +127,7 @@ def forward_kernel(
     x, weights, y, channels, height, width, stride_b, stride_c, stride_h, stride_w,
     SCALES: tl.constexpr, CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, AVERAGE: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, SPAN: tl.constexpr,
-    RUN: tl.constexpr,     PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    RUN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one image, all its positions, BLOCK_N cells: all of them if scales are few."""
