@@ -81,7 +81,7 @@ def test_a_zero_row_in_float16_leaves_the_loss_finite(backend: str, direction: s
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [2, 70, 600])
+@pytest.mark.parametrize("rows", [2, 70, 300])
 def test_identical_rows_give_log_of_the_batch(backend: str, rows: int, dtype: torch.dtype, direction: str) -> None:
     row = randn(1, 33).to(dtype)
     student, teacher = (row.repeat(rows, 1).requires_grad_() for _ in range(2))
@@ -130,7 +130,7 @@ def test_logits_past_the_range_of_exp(backend: str, direction: str) -> None:
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "no gradient"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("rows", [5, 70, 600])
+@pytest.mark.parametrize("rows", [5, 70, 300])
 def test_nan_and_inf_come_out(
     backend: str, rows: int, side: str, bad: float, learns: bool, normalize: bool, direction: str
 ) -> None:
