@@ -282,8 +282,6 @@ def _check_temperature(temperature: float | Tensor) -> Tensor:
             raise TypeError(f"info_nce: temperature is {temperature!r}; expected a float or a 0-d tensor") from None
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"info_nce: temperature is {value}; expected a positive finite number, as 0.1")
-    return (
-        temperature
-        if isinstance(temperature, Tensor)
-        else torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
-    )
+    if isinstance(temperature, Tensor):
+        return temperature
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")

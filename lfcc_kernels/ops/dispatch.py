@@ -10,6 +10,7 @@ import torch
 from lfcc_kernels.backends import native, triton
 
 AUTO = "auto"
+WITH_KERNELS = ("cpu", "triton")
 
 
 class _Choice(threading.local):
@@ -21,7 +22,7 @@ _choice = _Choice()
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can serve on this machine; "eager" always can."""
-    return ("eager", *(name for name in ("cpu", "triton") if not why_missing(name)))
+    return ("eager", *(name for name in WITH_KERNELS if not why_missing(name)))
 
 
 def why_missing(name: str) -> str:
@@ -77,7 +78,7 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
 
 def _check(name: str) -> None:
     reason = why_missing(name)
-    if name in (AUTO, "eager", "cpu", "triton") and not reason:
+    if name in (AUTO, "eager", *WITH_KERNELS) and not reason:
         return
     reason = f" ({reason})" if reason else ""
     raise ValueError(

@@ -195,7 +195,7 @@ class Pair:
         return 2.0**15 if self.student.dtype == torch.float16 else 1.0
 
     def numbers(self, *shape: int) -> Tensor:
-        """An empty tensor of the type sums are taken in."""
+        """An empty tensor of the type sums are taken in; one a result, since those of an op may not share memory."""
         return self.factors.new_empty(shape)
 
     def tiles(self, kernel: str) -> dict[str, int]:

@@ -205,6 +205,7 @@ def _weights(
     """
     dtype = source.data.dtype
     filtered = row_filters is not None and col_filters is not None
+    mean = mean and not filtered  # filters hold their weights as they are
     exact = not filtered and not mean
     # Weights with digits are one matrix of float32, or two of bfloat16, whose range is the same; float16's is not.
     if dtype == torch.float16 and not exact:
@@ -218,6 +219,6 @@ def _weights(
     kernels.weights_kernel[(triton.cdiv(source.size, block_k), columns // block_n)](
         row_filters.contiguous() if filtered else data, col_filters.contiguous() if filtered else data, data,
         source.height, source.width, SCALES=tuple(scales), N=columns, PIECES=pieces, FILTERED=filtered,
-        MEAN=mean and not filtered, SUM=runtime.in_triton(accumulator(dtype)), BLOCK_K=block_k, BLOCK_N=block_n,
+        MEAN=mean, SUM=runtime.in_triton(accumulator(dtype)), BLOCK_K=block_k, BLOCK_N=block_n,
     )  # fmt: skip
     return _Weights(data, pieces)

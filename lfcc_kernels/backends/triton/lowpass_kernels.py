@@ -189,9 +189,8 @@ def forward_kernel(
 def input_grad_kernel(
     grad, weights, grad_x, channels, height, width, stride_b, stride_c, stride_h, stride_w, steps,
     CELLS: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    INNER: tl.constexpr, EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    INNER: tl.constexpr, EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one image, `steps` blocks of positions; dY is read once if cells are few."""
     size, channels, stride_b, stride_c, stride_h, stride_w = _even(
@@ -230,8 +229,7 @@ def weights_grad_kernel(
     grad, x, parts, batch, channels, height, width, stride_b, stride_c, stride_h, stride_w,
     CELLS: tl.constexpr, N: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
     EVEN: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    SUM: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of dM, summed over every so many-th (image, block of channels)."""
     size, channels, stride_b, stride_c, stride_h, stride_w = _even(

@@ -8,6 +8,8 @@ import functools
 import json
 from pathlib import Path
 
+import triton
+
 # A product fused with the subtraction of a log-sum-exp leaves its rounding in the exponent, where equals should cancel.
 _UNFUSED = ("chunk_one_pass", "chunk_columns", "chunk_gradient", "fused_one_pass", "fused_gradient")
 TABLES = Path(__file__).with_name("tables")
@@ -35,6 +37,6 @@ def tiles(kernel: str, shape_class: str, architecture: int) -> dict[str, int]:
 
 def cut(block: dict[str, int], name: str, size: int) -> dict[str, int]:
     """The same with the block `name` no larger than it takes for `size`, and with fewer warps for the smaller tile."""
-    smaller = min(block[name], max(16, 1 << (size - 1).bit_length()))
+    smaller = min(block[name], max(16, triton.next_power_of_2(size)))
     warps = max(1, block.get("num_warps", 4) * smaller // block[name])
     return block | {name: smaller, "num_warps": warps}
