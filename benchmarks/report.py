@@ -103,7 +103,7 @@ def _time_table(rows: Sequence[Row], runs: Sequence[str], columns: dict[str, Cal
             if row.heap == run and row.median_ms is not None:
                 contests[row.case][row.candidate] = row
         for name, contest in contests.items():
-            if "ours" in contest and len(contest) > 1:
+            if "ours" in contest and not all(name.startswith("ours") for name in contest):
                 cases[name].append(contest)
     by_margin = sorted(cases.values(), key=lambda contests: min(_margin(contest) for contest in contests))
     lines = [
@@ -145,7 +145,7 @@ def _title(row: Row) -> str:
 
 
 def _fastest_peer(contest: Contest) -> Row:
-    return min((row for name, row in contest.items() if name != "ours"), key=lambda row: row.median_ms)
+    return min((row for name, row in contest.items() if not name.startswith("ours")), key=lambda row: row.median_ms)
 
 
 def _margin(contest: Contest) -> float:
@@ -174,6 +174,12 @@ def _rate(row: Row) -> str:
     return f"{row.bytes / seconds / 1e9:.4g} GB/s"
 
 
+def _other_backends(contest: Contest) -> str:
+    """Ours by the backends that `auto` did not take, with the fraction of the floor."""
+    others = [(name.removeprefix("ours, "), row) for name, row in contest.items() if name.startswith("ours, ")]
+    return ", ".join(f"{name} {row.median_ms:.3g} {_percent(row.fraction_of_floor)}".rstrip() for name, row in others)
+
+
 def _error(contest: Contest) -> str:
     errors = [contest[name].error for name in ("ours", "eager") if name in contest]
     return " / ".join("" if error is None else f"{error:.0e}" for error in errors)
@@ -194,6 +200,7 @@ COLUMNS: dict[str, Callable[[Contest], str]] = {
     "over fastest peer": lambda c: f"{_factor(_margin(c))} {_fastest_peer(c).candidate}",
 }
 GPU_COLUMNS = COLUMNS | {
+    "other backends, ms": _other_backends,
     "rate": lambda c: _rate(c["ours"]),
     "peak memory, MiB": lambda c: _mebibytes(c["ours"]),
     "error, ours / eager": _error,

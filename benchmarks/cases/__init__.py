@@ -1,7 +1,7 @@
 """Every case, in one place: its inputs, its candidates, the least it must cost, and how that is counted."""
 
 from benchmarks.cases import info_nce, lfcc, lowpass, overhead
-from benchmarks.cases.base import Candidate, Case, Step
+from benchmarks.cases.base import Candidate, Case, Step, with_other_backends
 from benchmarks.machine import TINY
 
 __all__ = ["SUITES", "Candidate", "Case", "Step", "cases"]
@@ -18,4 +18,4 @@ SUITES = {
 
 def cases(suite: str, tiny: bool = TINY) -> list[Case]:
     """The cases of a suite for the machine that is measured; tiny ones in the same order, with shapes cut down."""
-    return SUITES[suite](tiny)
+    return [with_other_backends(case) for case in SUITES[suite](tiny)]

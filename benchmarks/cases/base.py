@@ -1,18 +1,21 @@
 """What a case is, and what the suites share. Each suite lists its cases for a CPU and for a GPU.
 
-A candidate is a function of the case's inputs. "ours" and "eager" are always among them, and "eager" in
-float64 is the reference. The floor of a case is the sum over its steps of
-max(bytes / copy bandwidth, FLOPs / GEMM rate), with the least a step can do: every input and result moved
-once, and every product done once that is needed without a B x B matrix.
+A candidate is a function of the case's inputs. "ours" and "eager" are always among them, and "eager" in float64 is
+the reference; "ours, NAME" is ours by another backend than the one that `auto` takes. The floor of a case is the sum
+over its steps of max(bytes / copy bandwidth, FLOPs / GEMM rate), with the least a step can do: every input and result
+moved once, and every product done once that is needed without a B x B matrix.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+import lfcc_kernels as lk
 from benchmarks import machine
+from lfcc_kernels.ops.dispatch import select
 
 Candidate = Callable[..., Tensor]
 
@@ -65,6 +68,21 @@ class Case:
         result = call(*inputs)
         learn = [x for x in (*inputs, *self.parameters) if x.requires_grad]
         return result.detach(), *torch.autograd.grad(result, learn, upstream)
+
+
+def with_other_backends(case: Case) -> Case:
+    """The case with ours by every backend with kernels for a GPU, where it is a GPU that is measured."""
+    if machine.HERE.device.type != "cuda":
+        return case
+    chosen = select(machine.HERE.device, case.dtype)
+    others = [name for name in ("triton", "cuda") if name != chosen and name in lk.available_backends()]
+    ours = case.candidates["ours"]
+    return replace(case, candidates=case.candidates | {f"ours, {name}": partial(_by, name, ours) for name in others})
+
+
+def _by(backend: str, call: Candidate, *inputs: Tensor) -> Tensor:
+    with lk.use_backend(backend):
+        return call(*inputs)
 
 
 def compiled(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
