@@ -1,0 +1,127 @@
+"""Compiles the CUDA kernels for the CPU, where tests/emulation/cuda_emulation.h takes the place of CUDA.
+
+    python tests/emulation/build.py [--sanitize]
+
+What is compiled lies in build/emulation under names that hold everything it depends on, so that nothing is compiled
+twice, and processes that ask at once wait for the first.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+CSRC, EMULATION, OUTPUT = ROOT / "csrc", ROOT / "tests" / "emulation", ROOT / "build" / "emulation"
+TORCH = Path(torch.__file__).parent
+COMPILER = os.environ.get("CXX", "c++").split()
+JOBS = 2
+# A GPU knows no types of memory: kernels read floats as integers and the other way round. Products that are added are
+# rounded first, on a CPU that could do without too: kernels must not depend on it, and __fmul_rn is this.
+FLAGS = [
+    *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-math-errno"),
+    *("-ffp-contract=off", "-fmax-errors=5"),
+    *("-DLFCC_FUSED_FEWEST_ROWS=64", "-DLFCC_CHUNK_BYTES=20000"),  # so that small tests go both ways, in several chunks
+    *("-DLFCC_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{EMULATION}"),
+]
+PLAIN = ["-O2", "-g0"]
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def library(sanitize: bool = False) -> Path:
+    """The kernels of csrc/cuda with their bindings: operators of torch for its CPU tensors."""
+    cuda = CSRC / "cuda"
+    return build("kernels", [*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("bindings*.cpp"))], sanitize)
+
+
+def load() -> None:
+    """Registers them in this process, where there is a compiler and their source: in one with `sanitizer_environment`
+    those that are built with `sanitize`."""
+    if not shutil.which(COMPILER[0]) or not CSRC.exists():
+        return
+    path = library(sanitize="LFCC_SANITIZED" in os.environ)
+    torch.ops.load_library(str(path))
+    if schedule := os.environ.get("LFCC_SCHEDULE"):
+        ctypes.CDLL(str(path)).lfcc_emulation_schedule(int(schedule))
+
+
+def build(name: str, sources: Sequence[Path], sanitize: bool = False) -> Path:
+    """A library of these sources. With `sanitize` it needs `sanitizer_environment`."""
+    flags = [*FLAGS, *(SANITIZED if sanitize else PLAIN)]
+    common = [_compiler(), torch.__version__, *flags]
+    common += [header.read_text() for folder in (CSRC, EMULATION) for header in sorted(folder.rglob("*.h"))]
+    bindings = [source for source in sources if source.suffix == ".cpp"]  # which alone know torch
+    objects = {OUTPUT / f"{s.stem}-{_digest(*common, s.name, s.read_text())}.o": s for s in sources}
+    result = OUTPUT / f"{name}-{_digest(*map(str, objects))}.so"
+    if result.exists():
+        return result
+
+    def compile_object(target: Path) -> None:
+        source = objects[target]
+        headers = ["-isystem", str(TORCH / "include")] if source in bindings else []
+        _run([*COMPILER, *flags, *headers, "-c", "-x", "c++", str(source)], target)
+
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with open(OUTPUT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(compile_object, [target for target in objects if not target.exists()]))
+        if not result.exists():
+            libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"] if bindings else []
+            _run([*COMPILER, *flags, "-shared", *map(str, objects), *libraries], result)
+    return result
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a process needs in its environment to load a library built with `sanitize`.
+
+    Python knows nothing of the sanitizer, so that it has to be there first, and the C++ library with it, or an
+    exception of torch would not find its way. Python keeps memory to its end; the sanitizer keeps what was freed, of
+    which a little will do.
+    """
+    libraries = [_output([*COMPILER, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so")]
+    return {
+        "LFCC_SANITIZED": "1",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=16:malloc_context_size=5",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def _run(command: list[str], target: Path) -> None:
+    """Another process sees the target whole or not at all."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}")
+    _output([*command, "-o", str(temporary)])
+    temporary.replace(target)
+
+
+@cache
+def _compiler() -> str:
+    return _output([*COMPILER, "--version"])
+
+
+def _output(command: list[str]) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not for the compiler
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{ran.stdout}{ran.stderr}")
+    return ran.stdout
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour sanitizers")
+    print(library(parser.parse_args().sanitize))
