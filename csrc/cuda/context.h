@@ -1,0 +1,55 @@
+// Where the ops of the overload `cuda` run: on the device of their tensors and its current stream, or emulated.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "arguments.h"
+#include "cuda/platform.h"
+
+// Registers the function of an op's name for its overload `cuda`, which Python calls, and for the one without a name,
+// whose schema is in csrc/bindings.cpp, so that C++ programs call one op for tensors on either device.
+#ifdef LFCC_EMULATED
+#define LFCC_CUDA_KEY CPU
+#define LFCC_IMPLEMENT(library, op) library.impl(#op ".cuda", TORCH_BOX(&op))
+#else
+#define LFCC_CUDA_KEY CUDA
+#define LFCC_IMPLEMENT(library, op) library.impl(#op ".cuda", TORCH_BOX(&op)).impl(#op, TORCH_BOX(&op))
+// Of libtorch_cuda, and weak, so that the library loads in a torch without it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace lfcc::cuda {
+
+inline Type type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, "lfcc: expected float64, float32, bfloat16 or float16");
+  }
+}
+
+// Makes the tensor's device the current one until the end of the block.
+#ifdef LFCC_EMULATED
+struct OnDevice {
+  cudaStream_t stream = nullptr;
+  explicit OnDevice(const Tensor&) {}
+};
+#else
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device()) {
+    // Torch has a CUDA runtime of its own, and what is current in one need not be in the other.
+    check(cudaSetDevice(tensor.get_device()), "cudaSetDevice");
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+};
+#endif
+
+}  // namespace lfcc::cuda
