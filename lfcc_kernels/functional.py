@@ -1,4 +1,4 @@
-"""The two pure functions: each checks its arguments, says how to mend them, and calls the op."""
+"""The pure functions: each checks its arguments, says how to mend them, and calls the op."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 from lfcc_kernels.ops import info_nce as info_nce_op
 from lfcc_kernels.ops import info_nce_group as info_nce_group_op
 from lfcc_kernels.ops import lowpass as lowpass_op
+from lfcc_kernels.ops import lowpass_group as lowpass_group_op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIRECTIONS = ("student_to_teacher", "teacher_to_student", "symmetric")
@@ -46,21 +47,45 @@ def lowpass(
     Raises:
         TypeError, ValueError: on a wrong type, dtype, shape, device or scale, with the mend in the message.
     """
-    height, width = map_size(x, grid, prefix_tokens)
     scales = check_scales(scales)
-    if max(scales) > min(height, width):
+    grid = _check_lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
+    return lowpass_op.lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
+
+
+def lowpass_group(
+    maps: Sequence[Tensor],
+    scales: Sequence[int] = (1, 2, 4),
+    *,
+    filters: Sequence[tuple[Tensor, Tensor]] | None = None,
+    grids: Sequence[tuple[int, int] | None] | None = None,
+    prefix_tokens: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """The `lowpass` of every map of a list; on a GPU with the CUDA kernels, where launches cost, all at once.
+
+    Args:
+        maps: feature maps and tokens, as `lowpass` takes them, of any sizes.
+        scales: those of all maps.
+        filters: (row_filters, col_filters) of every map, as `lowpass` takes them. None is the average.
+        grids, prefix_tokens: one entry a map. None is none for all.
+
+    Returns:
+        A pyramid (B, cells, C) for every map. Errors are those of `lowpass`, and a ValueError for lists that differ in
+        length.
+    """
+    count = len(maps)
+    grids = [None] * count if grids is None else grids
+    prefix_tokens = [0] * count if prefix_tokens is None else prefix_tokens
+    pairs = [(None, None)] * count if filters is None else filters
+    if not count or not len(pairs) == len(grids) == len(prefix_tokens) == count:
         raise ValueError(
-            f"lowpass: scale {max(scales)} is larger than the {height} x {width} map; "
-            f"use scales up to {min(height, width)}"
+            f"lowpass_group: {count} maps with {len(pairs)} pairs of filters, {len(grids)} grids and "
+            f"{len(prefix_tokens)} prefix_tokens; expected as many of each, at least one"
         )
-    if (row_filters is None) != (col_filters is None):
-        raise ValueError("lowpass: got only one of row_filters and col_filters; give both, or neither for the average")
-    if row_filters is not None:
-        _check_filters("row_filters", row_filters, (sum(scales), height), x)
-        _check_filters("col_filters", col_filters, (sum(scales), width), x)
-    return lowpass_op.lowpass(
-        x, scales, row_filters, col_filters, [height, width] if x.dim() == 3 else [], prefix_tokens
-    )
+    scales = check_scales(scales)
+    arguments = zip(maps, pairs, grids, prefix_tokens, strict=True)
+    checked = [_check_lowpass(x, scales, *pair, grid, prefix) for x, pair, grid, prefix in arguments]
+    rows, cols = ([], []) if filters is None else map(list, zip(*filters, strict=True))
+    return lowpass_group_op.lowpass_group(list(maps), scales, rows, cols, checked, list(prefix_tokens))
 
 
 def info_nce(
@@ -189,6 +214,29 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     if not checked or min(checked) < 1 or checked != tuple(scales):
         raise ValueError(f"lowpass: scales is {scales!r}; {expected}")
     return checked
+
+
+def _check_lowpass(
+    x: Tensor,
+    scales: tuple[int, ...],
+    row_filters: Tensor | None,
+    col_filters: Tensor | None,
+    grid: tuple[int, int] | None,
+    prefix_tokens: int,
+) -> list[int]:
+    """The grid as the op takes it, empty for a map; raises on what is wrong."""
+    height, width = map_size(x, grid, prefix_tokens)
+    if max(scales) > min(height, width):
+        raise ValueError(
+            f"lowpass: scale {max(scales)} is larger than the {height} x {width} map; "
+            f"use scales up to {min(height, width)}"
+        )
+    if (row_filters is None) != (col_filters is None):
+        raise ValueError("lowpass: got only one of row_filters and col_filters; give both, or neither for the average")
+    if row_filters is not None:
+        _check_filters("row_filters", row_filters, (sum(scales), height), x)
+        _check_filters("col_filters", col_filters, (sum(scales), width), x)
+    return [height, width] if x.dim() == 3 else []
 
 
 def _check_filters(name: str, filters: Tensor, shape: tuple[int, int], x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lfcc_kernels.distributed import contrast_across_ranks, resolve_group
 from lfcc_kernels.filters import BANKS
-from lfcc_kernels.functional import DIRECTIONS, check_scales, info_nce, info_nce_group, lowpass, map_size
+from lfcc_kernels.functional import DIRECTIONS, check_scales, info_nce, info_nce_group, lowpass, lowpass_group, map_size
 
 Gather = str | dist.ProcessGroup
 
@@ -32,10 +33,7 @@ class LowPassPyramid(nn.Module):
 
     def forward(self, x: Tensor, *, grid: tuple[int, int] | None = None, prefix_tokens: int = 0) -> Tensor:
         """Map (B, C, H, W) or tokens (B, N, C) -> (B, cells, C) in x's dtype; arguments as `lowpass`."""
-        row_filters, col_filters = self.bank(*map_size(x, grid, prefix_tokens))
-        if row_filters is not None:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            row_filters, col_filters = row_filters.to(dtype), col_filters.to(dtype)
+        row_filters, col_filters = self.filters(x, grid, prefix_tokens) or (None, None)
         return lowpass(
             x,
             self.scales,
@@ -44,6 +42,16 @@ class LowPassPyramid(nn.Module):
             grid=grid,
             prefix_tokens=prefix_tokens,
         )
+
+    def filters(
+        self, x: Tensor, grid: tuple[int, int] | None = None, prefix_tokens: int = 0
+    ) -> tuple[Tensor, Tensor] | None:
+        """The bank's matrices for this map, as `lowpass` takes them; None for the average."""
+        row_filters, col_filters = self.bank(*map_size(x, grid, prefix_tokens))
+        if row_filters is None:
+            return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return row_filters.to(dtype), col_filters.to(dtype)
 
 
 class InfoNCELoss(nn.Module):
@@ -194,21 +202,19 @@ class LFCCLoss(nn.Module):
     def student_pyramids(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Low-passed and projected features, (B, cells, C_t) float32 (float64 for float64) a stage."""
         self._check_stages("student", features)
-        pyramids = []
-        for feature, low_pass, projection in zip(features, self.student_filters, self.student_projections, strict=True):
-            pooled = low_pass(feature, **self._student_tokens if feature.dim() == 3 else {})
-            # Pooling commutes with a bias-free channel map, so project the few cells, not the map.
-            with torch.autocast(feature.device.type, enabled=False):
-                pyramids.append(projection(pooled.to(projection.weight.dtype)))
-        return pyramids
+        pooled = self._low_pass(features, self.student_filters, self._student_tokens)
+        # Pooling commutes with a bias-free channel map, so project the few cells, not the map.
+        with torch.autocast(pooled[0].device.type, enabled=False):
+            return [
+                projection(cells.to(projection.weight.dtype))
+                for cells, projection in zip(pooled, self.student_projections, strict=True)
+            ]
 
     @torch.no_grad()
     def teacher_pyramids(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Low-passed features, (B, cells, C_t) a stage, without gradient; may be kept in a teacher's place."""
         self._check_stages("teacher", features)
-        return [
-            self.teacher_filter(feature, **self._teacher_tokens if feature.dim() == 3 else {}) for feature in features
-        ]
+        return self._low_pass(features, [self.teacher_filter] * len(features), self._teacher_tokens)
 
     def contrast(
         self,
@@ -237,6 +243,24 @@ class LFCCLoss(nn.Module):
             return losses.mean()
         places = [(stage, scale) for stage in range(len(student_pyramids)) for scale in self.scales]
         return losses.mean(), dict(zip(places, losses.unbind(), strict=True))
+
+    def _low_pass(
+        self, features: Sequence[Tensor], pyramids: Sequence[LowPassPyramid], of_tokens: dict[str, Any]
+    ) -> list[Tensor]:
+        """Pyramids (B, cells, C) of all stages at once."""
+        of_map = {"grid": None, "prefix_tokens": 0}
+        layouts = [of_tokens if feature.dim() == 3 else of_map for feature in features]
+        filters = [
+            pyramid.filters(feature, **layout)
+            for pyramid, feature, layout in zip(pyramids, features, layouts, strict=True)
+        ]
+        return lowpass_group(
+            features,
+            self.scales,
+            filters=None if filters[0] is None else filters,
+            grids=[layout["grid"] for layout in layouts],
+            prefix_tokens=[layout["prefix_tokens"] for layout in layouts],
+        )
 
     def _check_stages(self, side: str, features: Sequence[Tensor]) -> None:
         if isinstance(features, Tensor) or len(features) != len(self.student_projections):

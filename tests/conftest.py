@@ -1,7 +1,7 @@
 """Backends that tests run on.
 
-Triton's kernels run on the GPU where there is one, else on the CPU in Triton's interpreter, which must be chosen
-before Triton is imported. Tests that need a GPU have the mark `gpu`.
+Kernels for a GPU run there where there is one, else on the CPU: Triton's in its interpreter, which must be chosen
+before Triton is imported, CUDA's compiled for the CPU (tests/emulation). Tests that need a GPU have the mark `gpu`.
 """
 
 import importlib.util
@@ -23,7 +23,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
     mend()
 
-TRITON = pytest.param("triton", marks=pytest.mark.gpu) if ON_GPU else "triton"
+if not ON_GPU:
+    from emulation import build
+
+    build.load()
+
+ON_GPUS = [pytest.param(name, marks=pytest.mark.gpu) if ON_GPU else name for name in ("triton", "cuda")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,13 +49,13 @@ def fixed_seed_and_one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["eager", "cpu", TRITON])
+@pytest.fixture(params=["eager", "cpu", *ON_GPUS])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every backend, and skips those that cannot serve here."""
     yield from _serve(request.param)
 
 
-@pytest.fixture(params=["cpu", TRITON])
+@pytest.fixture(params=["cpu", *ON_GPUS])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every backend that has kernels of its own."""
     yield from _serve(request.param)
@@ -66,5 +71,5 @@ def _serve(name: str) -> Iterator[str]:
     if reason := why_missing(name):
         pytest.skip(reason)
     # Tensors that a test makes lie where the backend wants them, its oracles' among them.
-    with torch.device("cuda" if name == "triton" and ON_GPU else "cpu"), lk.use_backend(name):
+    with torch.device("cuda" if name in ("triton", "cuda") and ON_GPU else "cpu"), lk.use_backend(name):
         yield name

@@ -89,6 +89,19 @@ def _group(with_ids: bool = False) -> tuple[Any, ...]:
     return students, teachers, torch.tensor(0.1, requires_grad=True), *ids, 1, True
 
 
+def _maps() -> list[Tensor]:
+    """A map, one of channels last, and tokens."""
+    channels_last = randn(2, 9, 8, 3).permute(0, 3, 1, 2).requires_grad_()
+    return [_map(), channels_last, randn(2, 36, 3, requires_grad=True)]
+
+
+def _all_filters() -> tuple[list[Tensor], list[Tensor]]:
+    heights, widths = (7, 9, 7), (5, 8, 5)
+    return tuple([randn(3, size, requires_grad=True) for size in sizes] for sizes in (heights, widths))
+
+
+_GRIDS = [0, 0, 0, 0, 7, 5]  # of `_maps`, whose third has a token before them
+
 CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "average": ("lowpass", lambda: (_map(), [1, 2], None, None, [], 0)),
     "average, channels_last": (
@@ -125,6 +138,15 @@ CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "gradient of both, of the teacher": (
         "info_nce_grad",
         lambda: (randn(4), *constants(*_rows(True, True)), _lse(), _lse(), True),
+    ),
+    "many maps": ("lowpass_group", lambda: (_maps(), [1, 2], [], [], _GRIDS, [0, 0, 1])),
+    "many maps with filters": ("lowpass_group", lambda: (_maps(), [1, 2], *_all_filters(), _GRIDS, [0, 0, 1])),
+    "gradient of many maps": (
+        "lowpass_group_input_grad",
+        lambda: (
+            [randn(2, 5, 3) for _ in range(3)], [2, 3, 7, 5, 2, 3, 9, 8, 2, 36, 3], [0, 1, 0], [1, 2],
+            *([x.detach() for x in side] for side in _all_filters()), _GRIDS, [0, 0, 1],
+        ),
     ),
     "many pairs": ("info_nce_group", _group),
     "many pairs with ids": ("info_nce_group", lambda: _group(with_ids=True)),

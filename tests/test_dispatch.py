@@ -11,7 +11,7 @@ import torch
 from torch import randn
 
 import lfcc_kernels as lk
-from lfcc_kernels.backends import native, triton
+from lfcc_kernels.backends import cuda, native, triton
 from lfcc_kernels.ops.dispatch import select
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -77,20 +77,25 @@ def test_kernels_asked_for_by_name_refuse_other_devices(kernels: str) -> None:
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "missing", "the library is not there; run pip install .")
     monkeypatch.setattr(triton, "missing", lambda: "no NVIDIA GPU")
+    monkeypatch.setattr(cuda, "missing", lambda: "no CUDA kernels")
     assert lk.available_backends() == ("eager",)
     assert served() == "eager" and select(CUDA, torch.float32) == "eager"
     with pytest.raises(ValueError, match=r"'cpu' is not available \(the library .* pip install"):
         lk.use_backend("cpu").__enter__()
     with pytest.raises(ValueError, match=r"'triton' is not available \(no NVIDIA GPU\); available are auto, eager"):
         lk.use_backend("triton").__enter__()
+    with pytest.raises(ValueError, match=r"'cuda' is not available \(no CUDA kernels\); available are auto, eager"):
+        lk.use_backend("cuda").__enter__()
 
 
 @pytest.fixture
 def with_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with the compiled library and a GPU that Triton serves."""
+    """A machine with the compiled library and a GPU that Triton and CUDA's kernels serve."""
     monkeypatch.setattr(native, "missing", "")
     monkeypatch.setattr(triton, "missing", lambda: "")
     monkeypatch.setattr(triton, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "missing", lambda: "")
+    monkeypatch.setattr(cuda, "device", lambda: "cuda")
 
 
 @pytest.mark.parametrize(
@@ -115,9 +120,20 @@ def test_auto_takes_the_fastest(
         assert select(device, dtype) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_auto_takes_cuda_kernels_where_triton_is_missing(
+    with_all_kernels: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(triton, "missing", lambda: "Triton is not installed")
+    with lk.use_backend("auto"):
+        assert select(CUDA, dtype) == ("eager" if dtype == torch.float64 else "cuda")
+
+
 def test_available_are_those_that_lack_nothing(with_all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lk.available_backends() == ("eager", "cpu", "triton")
+    assert lk.available_backends() == ("eager", "cpu", "triton", "cuda")
     monkeypatch.setattr(triton, "missing", lambda: "no NVIDIA GPU")
+    assert lk.available_backends() == ("eager", "cpu", "cuda")
+    monkeypatch.setattr(cuda, "missing", lambda: "no NVIDIA GPU")
     assert lk.available_backends() == ("eager", "cpu")
     monkeypatch.setattr(native, "missing", "no library")
     monkeypatch.setattr(triton, "missing", lambda: "")
@@ -125,7 +141,7 @@ def test_available_are_those_that_lack_nothing(with_all_kernels: None, monkeypat
 
 
 def test_a_backend_asked_for_by_name_serves_every_type_on_its_device_alone(with_all_kernels: None) -> None:
-    homes = {"cpu": CPU, "triton": CUDA}
+    homes = {"cpu": CPU, "triton": CUDA, "cuda": CUDA}
     for name, home in homes.items():
         with lk.use_backend(name):
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -163,6 +179,13 @@ def test_triton_without_a_gpu_says_how_to_interpret() -> None:
     assert run.returncode != 0 and "'triton' is not available" in run.stderr
     if "Triton is not installed" not in run.stderr:
         assert "no NVIDIA GPU" in run.stderr and "TRITON_INTERPRET=1" in run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_says_what_is_missing() -> None:
+    run = python(LOWPASS, LFCC_BACKEND="cuda")
+    assert run.returncode != 0 and "'cuda' is not available" in run.stderr
+    assert "no NVIDIA GPU" in run.stderr or "LFCC_BUILD_CUDA=1" in run.stderr or "_C is missing" in run.stderr
 
 
 def test_triton_refuses_tensors_on_the_cpu() -> None:

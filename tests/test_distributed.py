@@ -43,6 +43,8 @@ def distil(student: Tensor, teacher: Tensor, ids: Tensor, parallel: bool, **opti
 
 
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
+    import conftest  # noqa: F401  a fresh process has no kernels that are compiled for the CPU
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=120), rank=rank, world_size=world_size)
     mine = slice(rank * ROWS, (rank + 1) * ROWS)

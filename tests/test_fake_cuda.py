@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lfcc_kernels as lk
 from lfcc_kernels import filters
-from lfcc_kernels.backends import triton
-from lfcc_kernels.ops import info_nce_group
+from lfcc_kernels.backends import cuda, triton
+from lfcc_kernels.ops import info_nce_group, lowpass_group
 from lfcc_kernels.ops.registration import op
 
 LOWPASS, INFO_NCE, GROUP = (f"lfcc.{name}.triton" for name in ("lowpass", "info_nce", "info_nce_group"))
@@ -26,9 +26,11 @@ ONE_PASS = "lfcc.info_nce_one_pass.triton"
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """As if there were a GPU that Triton serves: what the test makes is fake and, by default, on it."""
+    """As if there were a GPU that all kernels serve: what the test makes is fake and, by default, on it."""
     monkeypatch.setattr(triton, "missing", lambda: "")
     monkeypatch.setattr(triton, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "missing", lambda: "")
+    monkeypatch.setattr(cuda, "device", lambda: "cuda")
     monkeypatch.setattr(filters, "_RESAMPLING", {})  # no fake tensor is to be kept there
     torch._dynamo.reset()
     with lk.use_backend("auto"), FakeTensorMode() as mode, torch.device("cuda"):
@@ -44,8 +46,9 @@ def metadata(results: Any) -> list[tuple]:
 def test_ops_have_the_results_of_their_kernels(kernels: str, call: str, host_temperature: bool) -> None:
     """Shapes, types and layouts are compared with what the kernels return where the tests run."""
     name, arguments = CALLS[call]
-    if name == "info_nce_group" and kernels not in info_nce_group.BACKENDS:
-        pytest.skip("an op of Triton alone")
+    module = {"lowpass_group": lowpass_group, "info_nce_group": info_nce_group}.get(name.removesuffix("_input_grad"))
+    if module is not None and kernels not in module.BACKENDS:
+        pytest.skip(f"an op of {', '.join(module.BACKENDS)} alone")
     if host_temperature and "info_nce" not in name:
         pytest.skip("has no temperature")
     real = tree_map_only(Tensor, Tensor.detach, arguments())
@@ -65,17 +68,21 @@ def test_ops_have_the_results_of_their_kernels(kernels: str, call: str, host_tem
         assert set(devices) == {"cuda"}
 
 
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("direction", ["student_to_teacher", "symmetric"])
-def test_auto_takes_triton_and_gradients_are_those_of_the_inputs(
-    fake_cuda: FakeTensorMode, direction: str, dtype: torch.dtype
+def test_gradients_are_those_of_the_inputs(
+    fake_cuda: FakeTensorMode, direction: str, dtype: torch.dtype, choice: str
 ) -> None:
+    overload = {"auto": "_triton", "cuda": "_cuda"}[choice]
     x = randn(4, 3, 14, 14, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     student, teacher = (randn(rows, 8, dtype=dtype, requires_grad=True) for rows in (5, 9))
     temperature = torch.tensor(0.1, requires_grad=True)
-    loss = lk.info_nce(student, teacher, temperature=temperature, direction=direction, positive_offset=2)
-    for result, inputs in ((lk.lowpass(x), [x]), (loss, [student, teacher, temperature])):
-        assert "_triton" in result.grad_fn.name() and result.is_cuda
+    with lk.use_backend(choice):
+        loss = lk.info_nce(student, teacher, temperature=temperature, direction=direction, positive_offset=2)
+        pyramid = lk.lowpass(x)
+    for result, inputs in ((pyramid, [x]), (loss, [student, teacher, temperature])):
+        assert overload in result.grad_fn.name() and result.is_cuda
         others = 0 if result is not loss else 2 if direction == "symmetric" else 3  # results without a gradient
         grads = result.grad_fn.apply(torch.empty_like(result), *[None] * others)
         assert metadata(grads[: len(inputs)]) == metadata(inputs)

@@ -34,6 +34,7 @@ SIZES = {
     "wide, odd": (130, 130, 0, 515),
     "one over a block of rows": (257, 257, 0, 32),
     "one over a tile of keys": (9, 1025, 1016, 5),
+    "more keys than a block of threads keeps": (5, 8199, 8190, 3),
     "several tiles of keys, wide rows": (20, 300, 250, 4099),
     "keys of three ranks, the middle one's": (64, 192, 64, 32),
     "positives at the end of the keys": (65, 300, 235, 33),

@@ -10,7 +10,7 @@ from op_cases import CALLS, FUNCTIONS, functions
 
 import lfcc_kernels as lk
 from lfcc_kernels.backends import native
-from lfcc_kernels.ops import info_nce, info_nce_group, lowpass
+from lfcc_kernels.ops import info_nce, info_nce_group, lowpass, lowpass_group
 from lfcc_kernels.ops.registration import op
 
 
@@ -30,21 +30,23 @@ def test_compiled_schemas_are_those_in_python(compiled_kernels: str, schema: str
     assert str(op(_name(schema), "cpu")._schema) == str(expected)
 
 
+@pytest.mark.parametrize("overload", ["triton", "cuda"])
 @pytest.mark.parametrize("schema", [*lowpass.SCHEMAS, *info_nce.SCHEMAS], ids=_name)
-def test_overloads_differ_in_their_name_alone(schema: str) -> None:
-    compiled, of_triton = (str(op(_name(schema), backend)._schema) for backend in ("cpu", "triton"))
-    assert of_triton == compiled.replace("(", ".triton(", 1)
+def test_overloads_differ_in_their_name_alone(schema: str, overload: str) -> None:
+    compiled, other = (str(op(_name(schema), backend)._schema) for backend in ("cpu", overload))
+    assert other == compiled.replace("(", f".{overload}(", 1)
 
 
 def test_calls_name_every_op() -> None:
-    schemas = [*lowpass.SCHEMAS, *info_nce.SCHEMAS, *info_nce_group.SCHEMAS]
+    schemas = [*lowpass.SCHEMAS, *lowpass_group.SCHEMAS, *info_nce.SCHEMAS, *info_nce_group.SCHEMAS]
     assert {name for name, _ in CALLS.values()} == set(map(_name, schemas))
 
 
 @pytest.mark.parametrize(("name", "arguments"), CALLS.values(), ids=CALLS)
 def test_opcheck(kernels: str, name: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
-    if name == "info_nce_group" and kernels not in info_nce_group.BACKENDS:
-        pytest.skip("an op of Triton alone")
+    module = {"lowpass_group": lowpass_group, "info_nce_group": info_nce_group}.get(name.removesuffix("_input_grad"))
+    if module is not None and kernels not in module.BACKENDS:
+        pytest.skip(f"an op of {', '.join(module.BACKENDS)} alone")
     torch.library.opcheck(op(name, kernels), arguments())
 
 

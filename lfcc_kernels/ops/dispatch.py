@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from lfcc_kernels.backends import native, triton
+from lfcc_kernels.backends import cuda, native, triton
 
 AUTO = "auto"
-WITH_KERNELS = ("cpu", "triton")
+WITH_KERNELS = ("cpu", "triton", "cuda")
 
 
 class _Choice(threading.local):
@@ -27,9 +27,14 @@ def available_backends() -> tuple[str, ...]:
 
 def why_missing(name: str) -> str:
     """Why a backend cannot serve on this machine, or an empty string."""
-    if name == "cpu":
-        return native.missing
-    return triton.missing() if name == "triton" else ""
+    match name:
+        case "cpu":
+            return native.missing
+        case "triton":
+            return triton.missing()
+        case "cuda":
+            return cuda.missing()
+    return ""
 
 
 @contextmanager
@@ -38,8 +43,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "eager" (plain PyTorch: the oracle, any device, differentiable twice), "cpu" (the compiled kernels),
-            "triton" (NVIDIA GPUs) or "auto" (the fastest that can serve). The environment variable LFCC_BACKEND
-            sets the same for a process.
+            "triton" or "cuda" (NVIDIA GPUs; the second are compiled kernels too) or "auto" (the fastest that can
+            serve). The environment variable LFCC_BACKEND sets the same for a process.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot serve on this machine, with the reason.
@@ -58,7 +63,7 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     if name == AUTO:
         return _fastest(device, dtype)
     _check(name)
-    home = {"cpu": "cpu", "triton": triton.DEVICE}.get(name, device.type)
+    home = {"cpu": "cpu", "triton": triton.DEVICE, "cuda": cuda.device()}.get(name, device.type)
     if device.type != home:
         raise ValueError(
             f"backend {name!r} was asked for by name, but the tensors are on {device}; "
@@ -70,9 +75,13 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
 def _fastest(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu" and not native.missing:
         return "cpu"
-    # Triton multiplies float64 without tensor cores, which torch's own products use.
-    if device.type == "cuda" and dtype != torch.float64 and not triton.missing():
-        return "triton"
+    # Kernels multiply float64 without tensor cores, which torch's own products use. No GPU has yet said which of the
+    # two is faster, so the second serves where there is no Triton.
+    if device.type == "cuda" and dtype != torch.float64:
+        if not triton.missing():
+            return "triton"
+        if not cuda.missing():
+            return "cuda"
     return "eager"
 
 

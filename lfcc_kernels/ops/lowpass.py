@@ -36,7 +36,7 @@ def lowpass(
     return call(op("lowpass", backend), x, scales, row_filters, col_filters, grid, prefix_tokens)
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether channels are innermost in a 4-D map, as the gradient then is; decided by strides, as torch does."""
     return x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
 
@@ -60,7 +60,7 @@ def _(grad, x, scales, row_filters, col_filters, grid, prefix_tokens):
 
 def _setup_context(ctx, inputs, output):
     x, ctx.scales, row_filters, col_filters, ctx.grid, ctx.prefix_tokens = inputs
-    ctx.size, ctx.channels_last = x.shape, _is_channels_last(x)
+    ctx.size, ctx.channels_last = x.shape, is_channels_last(x)
     # The op is linear in x: only the gradients of the filters read it again.
     filters_learn = row_filters is not None and (row_filters.requires_grad or col_filters.requires_grad)
     ctx.save_for_backward(x if filters_learn else None, row_filters, col_filters)

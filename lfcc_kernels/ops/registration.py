@@ -1,8 +1,9 @@
 """What both ops share: the library fragment, an overload a backend, a short way to call, and the guard against a
 second derivative.
 
-Every op has two overloads of one schema: `default`, which the compiled library serves, and `triton`. So the choice of
-backend is part of a graph, and the backward pass, which may run in another thread, stays with it.
+Every op has an overload of one schema for each backend: `default` and `cuda`, which the compiled library serves, and
+`triton`. So the choice of backend is part of a graph, and the backward pass, which may run in another thread, stays
+with it.
 """
 
 import functools
@@ -19,7 +20,7 @@ library = torch.library.Library("lfcc", "FRAGMENT")
 
 
 # Which overload, named as in a schema, serves a backend.
-OVERLOADS = {"cpu": "", "triton": ".triton"}
+OVERLOADS = {"cpu": "", "triton": ".triton", "cuda": ".cuda"}
 
 
 def define(schemas: list[str], module: str, backends: Sequence[str] = tuple(OVERLOADS)) -> None:
@@ -28,9 +29,12 @@ def define(schemas: list[str], module: str, backends: Sequence[str] = tuple(OVER
         name, arguments = schema.split("(", 1)
         if native.missing and "cpu" in backends:
             library.define(schema)
-        library.define(f"{name}.triton({arguments}")
-        for key in ("CPU", "CUDA"):
-            library.impl(f"{name}.triton", _lazily(f"lfcc_kernels.backends.triton.{module}", name), key)
+        if "cuda" in backends:
+            library.define(f"{name}.cuda({arguments}")
+        if "triton" in backends:
+            library.define(f"{name}.triton({arguments}")
+            for key in ("CPU", "CUDA"):
+                library.impl(f"{name}.triton", _lazily(f"lfcc_kernels.backends.triton.{module}", name), key)
 
 
 def _lazily(module: str, name: str) -> Callable:

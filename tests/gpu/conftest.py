@@ -1,4 +1,4 @@
-"""The GPU tests' device."""
+"""The GPU tests' device, with every backend that has kernels for it."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,15 @@ import torch
 
 import lfcc_kernels as lk
 from lfcc_kernels.backends import triton
+from lfcc_kernels.ops.dispatch import why_missing
 
 
-@pytest.fixture
-def device() -> Iterator[torch.device]:
-    if reason := "TRITON_INTERPRET is set" if triton.INTERPRET else triton.missing():
+@pytest.fixture(params=["triton", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    reason = why_missing(request.param)
+    if not torch.cuda.is_available() or (request.param == "triton" and triton.INTERPRET):
+        reason = reason or "the kernels run on the CPU here"
+    if reason:
         pytest.skip(reason)
-    with lk.use_backend("triton"):
+    with lk.use_backend(request.param):
         yield torch.device("cuda", torch.cuda.current_device())
