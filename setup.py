@@ -3,15 +3,20 @@
 `lfcc_kernels._C`     the kernels, on libtorch's stable ABI: one file serves torch 2.11 to 2.14, any Python.
 `lfcc_kernels._host`  facts about the build and this CPU, with pybind11 and no torch header, for one Python.
 
-Without a C++ compiler neither is built, the package installs all the same and runs on the `eager` backend.
+Without a C++ compiler neither is built, the package installs all the same and runs on the `eager` backend. `_C` holds
+CUDA kernels where a CUDA toolkit and a torch with CUDA are found; LFCC_BUILD_CUDA=1 insists on them, without a torch
+with CUDA too, and LFCC_BUILD_CUDA=0 leaves them out.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
@@ -23,20 +28,16 @@ CXX_FLAGS = [
     *("-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
     *("-fvisibility=hidden", "-Wall", "-Wno-psabi"),
 ]
+NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden", "--threads", "2"]
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # unless TORCH_CUDA_ARCH_LIST is set
+TOOLKITS = ["/usr/local/cuda"]  # looked at after CUDA_HOME, CUDA_PATH and PATH
 CSRC = os.path.abspath("csrc")  # absolute, because ninja runs in another folder
-COMMON = {
-    "depends": sorted(glob("csrc/**/*.h", recursive=True)),
-    "extra_compile_args": CXX_FLAGS,
-    "extra_link_args": ["-fopenmp"],
-}
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 
 
-def check_cuda_switch() -> None:
-    switch = os.environ.get("LFCC_BUILD_CUDA", "auto")
-    if switch == "1":
-        raise SystemExit("LFCC_BUILD_CUDA=1: this version has no CUDA kernels to build; use 0 or auto")
-    if switch not in ("0", "auto"):
-        raise SystemExit(f"LFCC_BUILD_CUDA={switch}: expected 0, 1 or auto")
+def warn(notice: str) -> None:
+    print(f"lfcc_kernels: {notice}", file=sys.stderr)
 
 
 def find_compiler() -> str | None:
@@ -44,23 +45,133 @@ def find_compiler() -> str | None:
     return shutil.which(compiler.split()[0]) and compiler
 
 
-def kernels() -> Extension:
-    from torch.utils.cpp_extension import CppExtension
+@dataclass
+class Cuda:
+    """A CUDA toolkit, and what its nvcc is to compile for."""
+
+    home: str
+    headers: str
+    archives: str
+    version: str
+    architectures: list[str] = field(default_factory=list)  # options of nvcc
+
+    def __str__(self) -> str:
+        """As in "sm_80 sm_90 +PTX"."""
+        names = re.findall(r"code=(sm_\w+)", " ".join(self.architectures))
+        ptx = ["+PTX"] if "code=compute" in " ".join(self.architectures) else []
+        return " ".join([*sorted(names, key=lambda name: int(re.sub(r"\D", "", name))), *ptx])
+
+
+class NoCuda(Exception):
+    """What keeps the CUDA kernels from being built, and what would mend it."""
+
+
+def find_toolkit(wanted: str) -> Cuda:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        # It may be a wrapper in another folder; what it would run tells where the toolkit is.
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        plan = subprocess.run(command, capture_output=True, text=True).stderr
+        homes += [os.path.dirname(programs) for programs in re.findall(r"_HERE_=(\S+)", plan)]
+    for home in filter(None, [*homes, *TOOLKITS]):
+        headers = [*glob(f"{home}/include/cuda_runtime.h"), *glob(f"{home}/targets/*/include/cuda_runtime.h")]
+        archives = [*glob(f"{home}/lib*/libcudart_static.a"), *glob(f"{home}/targets/*/lib/libcudart_static.a")]
+        if headers and archives and os.access(f"{home}/bin/nvcc", os.X_OK):
+            said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+            if version := re.search(r"release ([\d.]+)", said):
+                return Cuda(home, os.path.dirname(headers[0]), os.path.dirname(archives[0]), version[1])
+    raise NoCuda(
+        "no CUDA toolkit with nvcc, cuda_runtime.h and libcudart_static.a found",
+        f"install CUDA {wanted}, or set CUDA_HOME to where it is,",
+    )
+
+
+def find_architectures(cuda: Cuda) -> list[str]:
+    from torch.utils import cpp_extension
+
+    asked = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    try:
+        options = cpp_extension._get_cuda_arch_flags()
+    except (ValueError, IndexError):  # a name that torch does not know; "native" without a GPU
+        options = []
+    numbers = {option: int(re.search(r"compute_(\d+)", option)[1]) for option in options}
+    options = [option for option in options if numbers[option] >= 80]  # images set lists that go further back
+    if not options:
+        raise NoCuda(f"TORCH_CUDA_ARCH_LIST={asked} names no architecture from 8.0 on", f"set it as in {ARCHITECTURES}")
+    if max(numbers.values()) >= 100 and tuple(map(int, cuda.version.split("."))) < (12, 8):
+        raise NoCuda(
+            f"nvcc {cuda.version} of {cuda.home} does not know sm_100",
+            "install CUDA 12.8 or newer, or set TORCH_CUDA_ARCH_LIST to what your GPUs are, as 8.0;9.0+PTX,",
+        )
+    # The kernels ask for nothing that 8.0 lacks. nvcc takes most of its time to PTX, and once for all up to 9.0 gives
+    # the same instructions or nearly; for 10.0 it finds shorter code.
+    return [re.sub(r"compute_\d\d,code=sm_", "compute_80,code=sm_", option) for option in options]
+
+
+def find_cuda() -> Cuda | None:
+    """What builds the CUDA kernels, or None to build without them."""
+    switch = os.environ.get("LFCC_BUILD_CUDA", "auto")
+    if switch not in ("0", "1", "auto"):
+        raise SystemExit(f"LFCC_BUILD_CUDA={switch}: expected 0, 1 or auto")
+    if switch == "0" or not CUDA_SOURCES:
+        return None
+    import torch
+
+    of_torch = torch.version.cuda
+    if switch == "auto" and of_torch is None:
+        return None
+    try:
+        cuda = find_toolkit(of_torch or "12.8 or newer")
+        if of_torch and of_torch.split(".")[0] != cuda.version.split(".")[0]:
+            raise NoCuda(
+                f"nvcc {cuda.version} of {cuda.home} does not go with the CUDA {of_torch} of torch {torch.__version__}",
+                f"install CUDA {of_torch}, or set CUDA_HOME to where it is,",
+            )
+        cuda.architectures = find_architectures(cuda)
+    except NoCuda as missing:
+        problem, remedy = missing.args
+        if switch == "1":
+            raise SystemExit(f"LFCC_BUILD_CUDA=1: {problem}; {remedy} and build again") from None
+        warn(f"{problem}, installing without CUDA kernels; {remedy} and install again")
+        return None
+    return cuda
+
+
+def kernels(cuda: Cuda | None) -> Extension:
+    import torch
+    from torch.utils import cpp_extension
 
     oldest_torch = "0x020b000000000000"  # 2.11
-    extension = CppExtension(
+    sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    flags, link = {"cxx": CXX_FLAGS}, {"extra_link_args": ["-fopenmp"]}
+    if cuda:
+        cpp_extension.CUDA_HOME = cuda.home  # torch guesses another one, or without CUDA none
+        sources += [*CUDA_SOURCES, *sorted(glob("csrc/cuda/*.cpp"))]
+        flags = {"cxx": [*CXX_FLAGS, "-isystem", cuda.headers], "nvcc": [*NVCC_FLAGS, *cuda.architectures]}
+        if torch.version.cuda is None:  # then the build does not learn which headers a .cu includes
+            flags["nvcc"].append(f"-DLFCC_HEADERS={zlib.crc32(b''.join(Path(name).read_bytes() for name in HEADERS))}")
+        # The runtime is in the library, which then loads without CUDA. The stream of torch, a weak symbol, comes from
+        # CUDA's part of torch by way of libtorch, which a linker may not drop though nothing else is taken from it.
+        link = {
+            "library_dirs": [cuda.archives],
+            "libraries": ["cudart_static", "dl", "rt", "pthread"],
+            "extra_link_args": ["-fopenmp", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"],
+        }
+    extension = cpp_extension.CppExtension(
         "lfcc_kernels._C",
-        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        sources,
         include_dirs=[CSRC],
         define_macros=[("TORCH_TARGET_VERSION", oldest_torch)],
         py_limited_api=True,
-        **COMMON,
+        depends=HEADERS,
+        extra_compile_args=flags,
+        **link,
     )
     extension.libraries.remove("c10")  # not part of the stable ABI
     return extension
 
 
-def host(compiler: str) -> Extension:
+def host(compiler: str, cuda: Cuda | None) -> Extension:
     import pybind11
     import torch
 
@@ -70,6 +181,8 @@ def host(compiler: str) -> Extension:
         "LFCC_FLAGS": " ".join(CXX_FLAGS),
         "LFCC_BUILD_TORCH": torch.__version__,
         "LFCC_BUILD_MACHINE": platform.machine(),
+        "LFCC_CUDA": cuda.version if cuda else "",
+        "LFCC_CUDA_ARCHITECTURES": str(cuda or ""),
     }
     return Extension(
         "lfcc_kernels._host",
@@ -77,20 +190,28 @@ def host(compiler: str) -> Extension:
         include_dirs=[CSRC, pybind11.get_include()],
         define_macros=[(name, f'"{value}"') for name, value in facts.items()],
         language="c++",
-        **COMMON,
+        depends=HEADERS,
+        extra_compile_args=CXX_FLAGS,
+        extra_link_args=["-fopenmp"],
     )
 
 
 def extensions() -> dict:
-    compiler = find_compiler()
+    cuda, compiler = find_cuda(), find_compiler()
     if compiler is None:
-        print(
-            "lfcc_kernels: no C++ compiler found, installing without compiled kernels (eager backend only); "
-            "install g++ 12 or newer, or set CXX, and install again",
-            file=sys.stderr,
+        if os.environ.get("LFCC_BUILD_CUDA") == "1":
+            raise SystemExit(
+                "LFCC_BUILD_CUDA=1: no C++ compiler found; install g++ 12 or newer, or set CXX, and build again"
+            )
+        warn(
+            "no C++ compiler found, installing without compiled kernels (eager backend only); "
+            "install g++ 12 or newer, or set CXX, and install again"
         )
         return {}
     from torch.utils.cpp_extension import BuildExtension
+
+    # Ninja by itself runs two more, which slows the longest down; nvcc has two threads of its own.
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
 
     class IncrementalBuild(BuildExtension):
         """Keeps the objects, so that ninja compiles only what changed; pip names a new folder every time."""
@@ -99,14 +220,13 @@ def extensions() -> dict:
             super().finalize_options()
             self.build_temp = f"build/objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
-    modules = [kernels()]
+    modules = [kernels(cuda)]
     if Path(sysconfig.get_path("include"), "Python.h").exists():
-        modules.append(host(compiler))
+        modules.append(host(compiler, cuda))
     else:
-        print(
-            "lfcc_kernels: no Python.h found (Debian, Ubuntu: python3-dev), installing without "
-            "lfcc_kernels._host, which no kernel needs",
-            file=sys.stderr,
+        warn(
+            "no Python.h found (Debian, Ubuntu: python3-dev), installing without lfcc_kernels._host, "
+            "which no kernel needs"
         )
     return {
         "ext_modules": modules,
@@ -115,5 +235,5 @@ def extensions() -> dict:
     }
 
 
-check_cuda_switch()
-setup(**extensions())
+if __name__ == "__main__":
+    setup(**extensions())

@@ -30,7 +30,8 @@ py::dict build() {
   facts["torch"] = LFCC_BUILD_TORCH;
   facts["machine"] = LFCC_BUILD_MACHINE;
   facts["cpu_levels"] = LFCC_CPU_LEVELS;
-  facts["cuda_architectures"] = "";
+  facts["cuda"] = LFCC_CUDA;
+  facts["cuda_architectures"] = LFCC_CUDA_ARCHITECTURES;
   return facts;
 }
 

@@ -8,7 +8,7 @@ import re
 import torch
 
 import lfcc_kernels
-from lfcc_kernels.backends import native, triton
+from lfcc_kernels.backends import cuda, native, triton
 
 _DISTRIBUTION = "lfcc-kernels"
 
@@ -45,7 +45,10 @@ def _backends() -> dict[str, str]:
         "eager": "available: plain PyTorch, any device",
         "cpu": f"not available: {native.missing}" if native.missing else "available: compiled, CPU tensors",
         "triton": f"not available: {triton.missing()}" if triton.missing() else f"available: {_triton()}",
-        "in use": f"{chosen}, from LFCC_BACKEND" if chosen else "auto: cpu or triton where they can serve, else eager",
+        "cuda": f"not available: {cuda.missing()}" if cuda.missing() else "available: compiled, CUDA tensors",
+        "in use": f"{chosen}, from LFCC_BACKEND"
+        if chosen
+        else "auto: cpu, triton or cuda, the first of them that can serve, else eager",
     }
 
 
@@ -72,7 +75,9 @@ def _build() -> dict[str, str]:
         "flags": facts["flags"],
         "built with": f"torch {facts['torch']} on {facts['machine']}",
         "CPU levels": f"{facts['cpu_levels']}; this CPU runs {native.host.cpu_level()}",
-        "CUDA": facts["cuda_architectures"] or "none: this version has no CUDA kernels",
+        "CUDA": f"nvcc {facts['cuda']} for {facts['cuda_architectures']}"
+        if facts["cuda"]
+        else "none: a build with LFCC_BUILD_CUDA=1 has CUDA kernels or says what is missing",
     }
 
 

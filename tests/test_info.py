@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import platform
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +37,20 @@ def test_build_facts():
     assert "-march" not in facts["flags"]
     assert native.host.cpu_level() in facts["cpu_levels"].split(", ")
     assert 1 <= native.host.cores() <= 4096
+
+
+@pytest.mark.skipif(native.host is None, reason="lfcc_kernels/_host is not built for this Python")
+@pytest.mark.parametrize(
+    ("version", "architectures", "line"),
+    [("13.0", "sm_90 +PTX", "nvcc 13.0 for sm_90 +PTX"), ("", "", "none: a build with LFCC_BUILD_CUDA=1 ")],
+)
+def test_cuda_build_facts(monkeypatch, version, architectures, line):
+    facts = native.host.build()
+    assert bool(facts["cuda"]) == bool(facts["cuda_architectures"])
+    facts |= {"cuda": version, "cuda_architectures": architectures}
+    monkeypatch.setattr(native, "missing", "")
+    monkeypatch.setattr(native, "host", SimpleNamespace(build=lambda: facts, cpu_level=native.host.cpu_level))
+    assert re.search(rf"^  CUDA +{re.escape(line)}", info.report(), re.MULTILINE)
 
 
 def test_kernels_missing(monkeypatch):

@@ -1,5 +1,7 @@
 """What is installed: the compiled libraries, the wheel, the switches, and life without a compiler."""
 
+import ctypes
+import importlib.util
 import os
 import platform
 import re
@@ -7,15 +9,21 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from lfcc_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
 compiled = pytest.mark.skipif(bool(native.missing), reason="the kernels are not built")
+with_cuda = pytest.mark.skipif(
+    native.host is None or bool(native.missing) or not native.host.build()["cuda"], reason="no CUDA kernels are built"
+)
 
 USE_THE_PACKAGE = """
 import torch, lfcc_kernels as lk
@@ -48,18 +56,43 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="module")
-def undefined_symbols(library) -> list[str]:
+def symbols(library) -> list[tuple[str, str]]:
+    """Kind, as nm has it, and name of what the library takes from others and gives to them."""
     nm = shutil.which("nm") or pytest.skip("nm (binutils) is not installed")
-    listing = subprocess.run([nm, "-D", "-C", "--undefined-only", library], capture_output=True, text=True)
-    return [line.split(maxsplit=1)[1] for line in listing.stdout.splitlines()]
+    listing = subprocess.run([nm, "-D", "-C", library], capture_output=True, text=True)
+    return re.findall(r"^[0-9a-f ]{16} (\w) (.*)$", listing.stdout, re.MULTILINE)
 
 
 @compiled
-def test_kernels_use_the_stable_abi_only(undefined_symbols):
-    assert any(symbol.startswith("aoti_torch_") for symbol in undefined_symbols)
+def test_kernels_use_the_stable_abi_only(symbols):
+    undefined = [name for kind, name in symbols if kind in "Uw"]
+    assert any(name.startswith("aoti_torch_") for name in undefined)
     # libtorch's C++ interface changes from one version to the next, and Python's from one Python to the next.
     unstable = re.compile(r"\b(Py|_Py)\w+|\b(c10|at|caffe2)::|\btorch::(jit|autograd|Library)")
-    assert [symbol for symbol in undefined_symbols if unstable.search(symbol)] == []
+    assert [name for name in undefined if unstable.search(name)] == []
+
+
+@compiled
+def test_kernels_load_without_cuda(symbols):
+    """Whatever they were built with: of torch they need only what one without CUDA has, and of CUDA nothing."""
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
+    of_torch = [name for kind, name in symbols if kind == "U" and name.startswith(("aoti_", "torch_"))]
+    assert of_torch and [name for name in of_torch if not hasattr(torch_cpu, name)] == []
+    # Its CUDA runtime is its own: exported, it would give way to the one that torch has loaded.
+    assert [name for kind, name in symbols if re.match(r"(__)?cu(da)?[A-Z]", name) and kind != "w"] == []
+
+
+@with_cuda
+@pytest.mark.parametrize("name", ["lowpass", "lowpass_group", "info_nce"])
+def test_cuda_kernels_are_registered(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lfcc::{name}.cuda", "CUDA")
+
+
+@with_cuda
+def test_cuda_kernels_find_the_stream_of_torch(library):
+    """The one symbol of CUDA's part of torch, looked up as the library does: in itself and in what it leads to."""
+    stream = "aoti_torch_get_current_cuda_stream"
+    assert hasattr(ctypes.CDLL(str(library)), stream) == (torch.version.cuda is not None)
 
 
 @compiled
@@ -88,7 +121,7 @@ def test_wheel(tmp_path):
     assert "lfcc_kernels/_C.abi3.so" in names
     assert any(re.fullmatch(r"lfcc_kernels/_host\..*so", name) for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lfcc_kernels"}
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".o")) or "tests" in name]
+    assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", ".o")) or "tests" in name]
     assert any(name.endswith("LICENSE") for name in names)
 
     used = run(sys.executable, "-c", USE_THE_PACKAGE, cwd=tmp_path / "site")
@@ -115,10 +148,115 @@ def test_without_a_compiler(tmp_path):
     assert "ValueError: backend 'cpu' is not available" in used.stderr
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [("1", "this version has no CUDA kernels"), ("maybe", "expected 0, 1 or auto")]
-)
-def test_cuda_switch(value, message):
-    refused = run(sys.executable, "setup.py", "--version", cwd=ROOT, LFCC_BUILD_CUDA=value)
+def test_unknown_switch():
+    refused = run(sys.executable, "setup.py", "--version", cwd=ROOT, LFCC_BUILD_CUDA="maybe")
     assert refused.returncode == 1
-    assert refused.stderr.strip().startswith(f"LFCC_BUILD_CUDA={value}: ") and message in refused.stderr
+    assert refused.stderr.strip() == "LFCC_BUILD_CUDA=maybe: expected 0, 1 or auto"
+
+
+def load_setup() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("lfcc_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(native.host is None, reason="lfcc_kernels/_host is not built for this Python")
+def test_cuda_kernels_are_built_where_a_toolkit_is(monkeypatch):
+    """So that a run without them, which skips what needs them, passes only where it must."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))  # which it sets
+    if load_setup().find_cuda():
+        assert native.host.build()["cuda"], "build again; LFCC_BUILD_CUDA=0 is for doing without"
+
+
+@pytest.fixture
+def build(monkeypatch) -> ModuleType:
+    """setup.py, where no toolkit is to be found."""
+    monkeypatch.chdir(ROOT)
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("LFCC_BUILD_CUDA", "auto")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    module = load_setup()
+    module.TOOLKITS = []
+    return module
+
+
+@pytest.fixture
+def install_toolkit(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Makes a toolkit of a version, whose nvcc is behind a wrapper on PATH."""
+
+    def script(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    def install(version: str) -> Path:
+        home = tmp_path / "toolkit"
+        for name in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).touch()
+        told = f"Cuda compilation tools, release {version}, V{version}.85"
+        script(home / "bin/nvcc", f'[ "$1" = --version ] && echo "{told}" || echo "#\\$ _HERE_={home}/bin" >&2')
+        script(tmp_path / "bin/nvcc", f'exec {home}/bin/nvcc "$@"')
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+        return home
+
+    return install
+
+
+def test_toolkit_behind_a_wrapper(build, install_toolkit, monkeypatch, capsys):
+    home = install_toolkit("13.1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # the minor version may differ
+    cuda = build.find_cuda()
+    assert (cuda.home, cuda.version, str(cuda)) == (str(home), "13.1", "sm_80 sm_90 sm_100 +PTX")
+    assert (cuda.headers, cuda.archives) == (f"{home}/include", f"{home}/lib64")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.6;9.0")
+    assert str(build.find_cuda()) == "sm_86 sm_90"
+    monkeypatch.setenv("LFCC_BUILD_CUDA", "0")
+    assert build.find_cuda() is None
+    assert capsys.readouterr().err == ""
+
+
+def test_torch_without_cuda(build, install_toolkit, monkeypatch, capsys):
+    install_toolkit("12.8")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert build.find_cuda() is None and capsys.readouterr().err == ""
+    monkeypatch.setenv("LFCC_BUILD_CUDA", "1")
+    assert build.find_cuda().version == "12.8"
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "of_nvcc", "architectures", "message"),
+    [
+        ("13.0", "", "", "no CUDA toolkit .* install CUDA 13.0, or set CUDA_HOME"),
+        ("12.9", "13.0", "", "nvcc 13.0 of .* does not go with the CUDA 12.9 of torch .* install CUDA 12.9"),
+        ("12.6", "12.6", "", "nvcc 12.6 of .* does not know sm_100.* install CUDA 12.8 or newer"),
+        ("13.0", "13.0", "7.5", "TORCH_CUDA_ARCH_LIST=7.5 names no architecture from 8.0 on.* set it as in 8.0;9.0"),
+        ("13.0", "13.0", "Turin", "TORCH_CUDA_ARCH_LIST=Turin names no architecture"),
+    ],
+)
+def test_one_sentence_where_cuda_kernels_cannot_be_built(
+    build, install_toolkit, monkeypatch, capsys, of_torch, of_nvcc, architectures, message
+):
+    if of_nvcc:
+        install_toolkit(of_nvcc)
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    assert build.find_cuda() is None
+    (notice,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"lfcc_kernels: {message}.* and install again", notice)
+    assert ", installing without CUDA kernels; " in notice
+
+    monkeypatch.setenv("LFCC_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"^LFCC_BUILD_CUDA=1: {message}.* and build again$"):
+        build.find_cuda()
+
+
+def test_cuda_kernels_need_a_compiler(build, monkeypatch):
+    monkeypatch.setattr(build, "find_cuda", lambda: None)
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("LFCC_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"^LFCC_BUILD_CUDA=1: no C\+\+ compiler found; install"):
+        build.extensions()
