@@ -7,6 +7,7 @@ import pytest
 from measure import Kernel, load
 
 TABLE = pytest.StashKey[str]()
+CUDA_TABLE = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +29,17 @@ def kernels(launches: list[Kernel]) -> list[Kernel]:
     return [kernel for kernel in launches if not kernel.error]
 
 
+@pytest.fixture(scope="session")
+def cuda_table(request: pytest.FixtureRequest) -> list[str]:
+    """Takes the lines that the summary shows of CUDA kernels."""
+    return request.config.stash.setdefault(CUDA_TABLE, [])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """What the compiled kernels need, whether or not a test failed."""
     if table := config.stash.get(TABLE, ""):
         terminalreporter.section("Triton kernels, compiled without a GPU")
         terminalreporter.write(table)
+    if lines := config.stash.get(CUDA_TABLE, []):
+        terminalreporter.section("CUDA kernels: instantiations, registers, static shared memory")
+        terminalreporter.write("\n".join([*lines, ""]))
