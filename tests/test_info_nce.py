@@ -173,6 +173,13 @@ def test_layouts(backend: str, layout: str, direction: str) -> None:
         assert all(torch.equal(*both) for both in zip(sides, before, strict=True))
 
 
+def test_rows_further_apart_than_32_bits_count(backend: str) -> None:
+    rows, apart = randn(3, 20).bfloat16(), 2**30 + 8
+    memory = torch.empty(2 * apart + 20, dtype=torch.bfloat16)
+    student = memory.as_strided((3, 20), (apart, 1)).copy_(rows)
+    torch.testing.assert_close(lk.info_nce(student, rows.flip(1)), lk.info_nce(rows, rows.flip(1)))
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_as_they_are(backend: str, dtype: torch.dtype, direction: str) -> None:

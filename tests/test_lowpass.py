@@ -249,6 +249,16 @@ def test_small_types_are_rounded_once_to_nearest(backend: str, dtype: torch.dtyp
         assert torch.equal(grad, raised_grad.to(dtype))
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_images_further_apart_than_32_bits_count(backend: str, channels_last: bool) -> None:
+    """Of the memory between them nothing is touched, so that it need not be there."""
+    images, apart = randn(2, 3, 8, 9).bfloat16(), 2**31 + 16
+    memory = torch.empty(apart + 1000, dtype=torch.bfloat16)
+    strides = (1, 27, 3) if channels_last else (72, 9, 1)
+    x = memory.as_strided(images.shape, (apart, *strides)).copy_(images)
+    torch.testing.assert_close(lk.lowpass(x), torch_lowpass(images, (1, 2, 4)))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_nan_and_inf_come_out_where_they_went_in(backend: str, bad: float, channels_last: bool) -> None:

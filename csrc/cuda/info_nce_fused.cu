@@ -18,7 +18,7 @@
 // Resources, at most on any architecture:
 //   one_pass_kernel   255 registers   0 bytes of static shared memory
 //   gradient_kernel   255 registers   0 bytes of static shared memory
-// Dynamic shared memory: 37 KB for rows of 128 bytes, 57 KB for 256. Two blocks to a multiprocessor, for statistics
+// Dynamic shared memory: at most 56 KiB; 37 KiB for rows of 128 bytes. Two blocks to a multiprocessor, for statistics
 // alone three (two on sm_80 for rows of 256 bytes).
 #include "cuda/info_nce.h"
 #include "cuda/info_nce_walk.h"

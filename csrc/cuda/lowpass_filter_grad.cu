@@ -11,6 +11,7 @@
 // Resources, at most on any architecture:
 //   filter_grad_kernel   248 registers   0 bytes of static shared memory
 //   sum_parts_kernel     32 registers   0 bytes of static shared memory
+// Dynamic shared memory: at most 82 KiB with up to 8 filters, 160 KiB with more (lowpass_tiling.h).
 #include "cuda/lowpass_columns.h"
 #include "cuda/lowpass_tiling.h"
 
@@ -163,12 +164,12 @@ void lowpass_filter_grad(
     using A = acc_t<T>;
     const Plan plan = plans<T>({map}, scales, Pass::filter_grad).front();
     launch(
-        "lowpass filter_grad_kernel", filter_grad_kernel<T>, plan.blocks, pool_threads, plan.layout.bytes, stream,
+        "lowpass_filter_grad", filter_grad_kernel<T>, plan.blocks, pool_threads, plan.layout.bytes, stream,
         plan.jobs, plan.layout, static_cast<A*>(parts));
     const int filters = plan.jobs.scales.filters;
     const int64_t numbers = int64_t(filters) * (map.height + map.width);
     launch(
-        "lowpass sum_parts_kernel", sum_parts_kernel<A>, static_cast<unsigned>((numbers + pool_threads - 1) / pool_threads),
+        "lowpass_sum_parts", sum_parts_kernel<A>, static_cast<unsigned>((numbers + pool_threads - 1) / pool_threads),
         pool_threads, 0, stream, static_cast<const A*>(parts), static_cast<int>(plan.blocks), filters,
         plan.jobs.scales.passes() * pass_filters, map.height, map.width, static_cast<A*>(grad_rows),
         static_cast<A*>(grad_cols));

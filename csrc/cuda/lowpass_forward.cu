@@ -11,6 +11,7 @@
 //
 // Resources, at most on any architecture:
 //   forward_kernel   168 registers   0 bytes of static shared memory
+// Dynamic shared memory: at most 82 KiB with up to 8 filters, 160 KiB with more (lowpass_tiling.h).
 #include "cuda/lowpass_columns.h"
 #include "cuda/lowpass_tiling.h"
 
@@ -107,7 +108,7 @@ void lowpass(const std::vector<PooledMap>& maps, Type type, const std::vector<in
     const auto kernel = maps[0].row_filters ? forward_kernel<T, false> : forward_kernel<T, true>;
     for (const Plan& plan : plans<T>(maps, scales, Pass::forward))
       launch(
-          "lowpass forward_kernel", kernel, plan.blocks, pool_threads, plan.layout.bytes, stream, plan.jobs, plan.layout);
+          "lowpass_forward", kernel, plan.blocks, pool_threads, plan.layout.bytes, stream, plan.jobs, plan.layout);
   });
 }
 

@@ -9,6 +9,7 @@
 //
 // Resources, at most on any architecture:
 //   input_grad_kernel   168 registers   0 bytes of static shared memory
+// Dynamic shared memory: at most 57 KiB with up to 8 filters, 160 KiB with more (lowpass_tiling.h).
 #include "cuda/lowpass_columns.h"
 #include "cuda/lowpass_tiling.h"
 
@@ -73,7 +74,7 @@ void lowpass_input_grad(
     const auto kernel = maps[0].row_filters ? input_grad_kernel<T, false> : input_grad_kernel<T, true>;
     for (const Plan& plan : plans<T>(maps, scales, Pass::input_grad))
       launch(
-          "lowpass input_grad_kernel", kernel, plan.blocks, pool_threads, plan.layout.bytes, stream, plan.jobs,
+          "lowpass_input_grad", kernel, plan.blocks, pool_threads, plan.layout.bytes, stream, plan.jobs,
           plan.layout);
   });
 }

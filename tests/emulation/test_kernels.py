@@ -5,6 +5,7 @@ Everything else runs them in order, as one more backend (tests/conftest.py).
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,11 +28,17 @@ SCHEDULES = (1, 2, 3, 4)  # reversed, and three that are drawn anew after every 
 
 
 @pytest.fixture
-def in_schedule() -> Iterator[Callable[[int], None]]:
-    kernels = ctypes.CDLL(str(build.library(sanitize="LFCC_SANITIZED" in os.environ)))
+def kernels() -> Iterator[ctypes.CDLL]:
+    """The library that serves, whose emulation can be asked and told things."""
+    library = ctypes.CDLL(str(build.library(sanitize="LFCC_SANITIZED" in os.environ)))
     with lk.use_backend("cuda"):
-        yield kernels.lfcc_emulation_schedule
-    kernels.lfcc_emulation_schedule(0)
+        yield library
+    library.lfcc_emulation_schedule(0)
+
+
+@pytest.fixture
+def in_schedule(kernels: ctypes.CDLL) -> Callable[[int], None]:
+    return kernels.lfcc_emulation_schedule
 
 
 def results_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -48,7 +55,8 @@ def contrast(rows: int, width: int, dtype: torch.dtype, direction: str) -> tuple
 
 def pyramids(size: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> tuple[Callable, list[Tensor]]:
     x = randn(size).to(dtype).to(memory_format=layout).requires_grad_()
-    filters = [randn(7, side).requires_grad_() for side in size[2:]]
+    of_sums = torch.float64 if dtype == torch.float64 else torch.float32
+    filters = [randn(7, side, dtype=of_sums).requires_grad_() for side in size[2:]]
     return lambda x, rows, cols: lk.lowpass(x, (1, 2, 4), row_filters=rows, col_filters=cols), [x, *filters]
 
 
@@ -81,6 +89,30 @@ def test_same_bits_in_every_schedule(in_schedule: Callable[[int], None], case: s
         in_schedule(schedule)
         for result, same in zip(results_of(function, inputs), expected, strict=True):
             assert torch.equal(result, same), schedule
+
+
+LAUNCHES = {
+    "lowpass_forward.cu": ["lowpass_forward"],
+    "lowpass_input_grad.cu": ["lowpass_input_grad"],
+    "lowpass_filter_grad.cu": ["lowpass_filter_grad"],
+    "info_nce_fused.cu": ["fused_one_pass", "fused_gradient"],
+}
+
+
+@pytest.mark.parametrize("source", LAUNCHES)
+def test_dynamic_shared_memory_is_what_the_file_says(kernels: ctypes.CDLL, source: str) -> None:
+    """At shapes whose tiles are not cut short by the map, of the scales that losses have."""
+    stated = re.search(
+        r"^// Dynamic shared memory: at most (\d+) KiB", (build.CSRC / "cuda" / source).read_text(), re.M
+    )
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            results_of(*pyramids((1, 64, 56, 56), dtype, layout))
+    for width in (64, 128):
+        results_of(*contrast(150, width, torch.bfloat16, "symmetric"))
+    for launch in LAUNCHES[source]:
+        used = kernels.lfcc_emulation_shared_bytes(launch.encode())
+        assert 0 < used <= int(stated[1]) << 10 < 1.2 * used
 
 
 def test_scales_that_the_kernels_do_not_take(in_schedule: Callable[[int], None]) -> None:
