@@ -7,6 +7,10 @@ import torch
 from op_cases import CALLS, constants
 from torch import randn
 
+from lfcc_kernels.backends import cuda
+from lfcc_kernels.ops.dispatch import why_missing
+from lfcc_kernels.ops.registration import op
+
 # A call of op_cases.CALLS, the position of one argument in it, and what breaks it there.
 BROKEN_CALLS: dict[str, tuple[str, int, Any]] = {
     "tokens that do not fit the grid": ("tokens", 4, [8, 5]),
@@ -31,14 +35,18 @@ BROKEN_CALLS: dict[str, tuple[str, int, Any]] = {
     "fewer gradients than rows": ("gradient of rows", 0, randn(3)),
     "gradients of another type": ("gradient of rows", 0, randn(4).half()),
     "fewer log-sum-exps than rows": ("gradient of rows", 9, randn(3)),
+    "filters of one side": ("filters", 3, None),
     "no log-sum-exps of the columns": ("gradient of both, of the teacher", 10, randn(0)),
 }
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize(("call", "position", "argument"), BROKEN_CALLS.values(), ids=BROKEN_CALLS)
-def test_kernels_guard_memory(compiled_kernels: str, call: str, position: int, argument: Any) -> None:
+def test_kernels_guard_memory(call: str, position: int, argument: Any, backend: str) -> None:
+    if reason := why_missing(backend) or ("seen on the CPU" if backend == "cuda" and cuda.device() != "cpu" else ""):
+        pytest.skip(reason)
     name, arguments = CALLS[call]
     broken = list(constants(*arguments()))
     broken[position] = argument
     with pytest.raises((RuntimeError, IndexError)):
-        getattr(torch.ops.lfcc, name).default(*broken)
+        op(name, backend)(*broken)
