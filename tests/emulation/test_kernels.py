@@ -69,7 +69,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Tensor], list[Tensor]]]] = {
     **{name: lambda name=name: functions(torch.float32)[name] for name in FUNCTIONS},
     "many maps": many_maps,
 }
-for _dtype in (torch.float32, torch.bfloat16, torch.float16):
+for _dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for _layout in (torch.contiguous_format, torch.channels_last):
         for _size in ((2, 40, 7, 7), (1, 9, 56, 40)):  # several maps a tile, several tiles a map
             CASES[f"{_size}, {_dtype}, {_layout}"] = lambda s=_size, d=_dtype, m=_layout: pyramids(s, d, m)
@@ -123,14 +123,20 @@ def test_scales_that_the_kernels_do_not_take(in_schedule: Callable[[int], None])
 
 
 @pytest.mark.parametrize(
-    "tests", ["test_lowpass.py", "test_lowpass_group.py", "test_info_nce.py", "emulation/test_kernels.py"]
+    ("tests", "chosen"),
+    [
+        ("emulation/test_kernels.py", "every_schedule"),
+        ("test_lowpass.py", "cuda and not float64 and not float16"),
+        ("test_lowpass_group.py", "cuda and not float64 and not float16"),
+        ("test_info_nce.py", "cuda and not float64 and not float16"),
+    ],
+    ids=lambda value: value if value.endswith(".py") else "",
 )
-def test_under_sanitizers(tests: str) -> None:
-    """Addresses, alignment, shifts, indices; a finding ends the process. In a shuffled schedule, and without types of
-    which the kernels are the same but for the numbers, since all of it is slower."""
+def test_under_sanitizers(tests: str, chosen: str) -> None:
+    """Addresses, alignment, shifts, indices; a finding ends the process. In a shuffled schedule, and the grids of many
+    shapes in two of the types, since all of it is slower."""
     if "LFCC_SANITIZED" in os.environ:
         pytest.skip("they are in this process")
-    chosen = "(cuda or every_schedule) and not float64 and not float16"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, tests]
     environment = os.environ | build.sanitizer_environment() | {"LFCC_SCHEDULE": "5"}
     ran = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
