@@ -103,7 +103,7 @@ def _time_table(rows: Sequence[Row], runs: Sequence[str], columns: dict[str, Cal
             if row.heap == run and row.median_ms is not None:
                 contests[row.case][row.candidate] = row
         for name, contest in contests.items():
-            if "ours" in contest and not all(name.startswith("ours") for name in contest):
+            if "ours" in contest and _peers(contest):
                 cases[name].append(contest)
     by_margin = sorted(cases.values(), key=lambda contests: min(_margin(contest) for contest in contests))
     lines = [
@@ -144,8 +144,13 @@ def _title(row: Row) -> str:
     return f"{row.suite} {row.label} ({', '.join(map(str, row.shape))}) {row.dtype} {row.mode}"
 
 
+def _peers(contest: Contest) -> list[Row]:
+    """All that is not ours, by whatever backend."""
+    return [row for name, row in contest.items() if not name.startswith("ours")]
+
+
 def _fastest_peer(contest: Contest) -> Row:
-    return min((row for name, row in contest.items() if not name.startswith("ours")), key=lambda row: row.median_ms)
+    return min(_peers(contest), key=lambda row: row.median_ms)
 
 
 def _margin(contest: Contest) -> float:

@@ -101,17 +101,14 @@ inline Tensor empty_map(const Tensor& grad, const Sizes& size, bool channels_las
 // The arguments of the three info_nce ops, with rows the kernels read in place. A temperature on the CPU is checked
 // and read; one in a GPU's memory is not, since that would wait for it.
 struct Rows {
-  Tensor student, teacher, temperature_tensor;
+  Tensor student, teacher;
   Optional student_ids, teacher_ids;
   int64_t positive_offset;
   double temperature = 0;
 
   Rows(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Optional& student_ids,
        const Optional& teacher_ids, int64_t positive_offset)
-      : student(in_rows(student)),
-        teacher(in_rows(teacher)),
-        temperature_tensor(temperature),
-        positive_offset(positive_offset) {
+      : student(in_rows(student)), teacher(in_rows(teacher)), positive_offset(positive_offset) {
     STD_TORCH_CHECK(
         student.dim() == 2 && teacher.dim() == 2 && student.scalar_type() == teacher.scalar_type() &&
             student.size(1) == teacher.size(1) && student.get_device() == teacher.get_device() &&

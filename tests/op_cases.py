@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
+from lfcc_kernels.ops import info_nce_group, lowpass_group
 
 DIRECTIONS = ["student_to_teacher", "teacher_to_student", "symmetric"]
 
@@ -151,3 +153,11 @@ CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "many pairs": ("info_nce_group", _group),
     "many pairs with ids": ("info_nce_group", lambda: _group(with_ids=True)),
 }  # fmt: skip
+
+
+def skip_unless_served(name: str, backend: str) -> None:
+    """Skips a call of an op that this backend does not have."""
+    groups = {"lowpass_group": lowpass_group, "info_nce_group": info_nce_group}
+    module = groups.get(name.removesuffix("_input_grad"))
+    if module is not None and backend not in module.BACKENDS:
+        pytest.skip(f"an op of {', '.join(module.BACKENDS)} alone")

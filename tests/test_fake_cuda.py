@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import CALLS, FUNCTIONS, functions
+from op_cases import CALLS, FUNCTIONS, functions, skip_unless_served
 from torch import Tensor, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import lfcc_kernels as lk
 from lfcc_kernels import filters
 from lfcc_kernels.backends import cuda, triton
-from lfcc_kernels.ops import info_nce_group, lowpass_group
 from lfcc_kernels.ops.registration import op
 
 LOWPASS, INFO_NCE, GROUP = (f"lfcc.{name}.triton" for name in ("lowpass", "info_nce", "info_nce_group"))
@@ -46,9 +45,7 @@ def metadata(results: Any) -> list[tuple]:
 def test_ops_have_the_results_of_their_kernels(kernels: str, call: str, host_temperature: bool) -> None:
     """Shapes, types and layouts are compared with what the kernels return where the tests run."""
     name, arguments = CALLS[call]
-    module = {"lowpass_group": lowpass_group, "info_nce_group": info_nce_group}.get(name.removesuffix("_input_grad"))
-    if module is not None and kernels not in module.BACKENDS:
-        pytest.skip(f"an op of {', '.join(module.BACKENDS)} alone")
+    skip_unless_served(name, kernels)
     if host_temperature and "info_nce" not in name:
         pytest.skip("has no temperature")
     real = tree_map_only(Tensor, Tensor.detach, arguments())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import CALLS, FUNCTIONS, functions
+from op_cases import CALLS, FUNCTIONS, functions, skip_unless_served
 
 import lfcc_kernels as lk
 from lfcc_kernels.backends import native
@@ -44,9 +44,7 @@ def test_calls_name_every_op() -> None:
 
 @pytest.mark.parametrize(("name", "arguments"), CALLS.values(), ids=CALLS)
 def test_opcheck(kernels: str, name: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
-    module = {"lowpass_group": lowpass_group, "info_nce_group": info_nce_group}.get(name.removesuffix("_input_grad"))
-    if module is not None and kernels not in module.BACKENDS:
-        pytest.skip(f"an op of {', '.join(module.BACKENDS)} alone")
+    skip_unless_served(name, kernels)
     torch.library.opcheck(op(name, kernels), arguments())
 
 

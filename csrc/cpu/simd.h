@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "accumulator.h"
 #include "cpu/clones.h"
 
 #define LFCC_INLINE inline __attribute__((always_inline))
@@ -24,18 +25,6 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
-
-// The type in which sums over T are taken.
-template <typename T>
-struct accumulator {
-  using type = float;
-};
-template <>
-struct accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename accumulator<T>::type;
 
 template <typename To, typename From>
 LFCC_INLINE To bit_cast(From value) {

@@ -40,13 +40,20 @@ struct Pooled {
   }
 };
 
-// Lists of a group; `grids` has two numbers a map, both 0 for one that is no tokens, and filters may be empty.
+// Lists of a group, `tensors` being maps or gradients; `grids` has two numbers a map, both 0 for one that is no tokens,
+// and filters may be empty.
 void check_group(
-    size_t count, const Tensors& row_filters, const Tensors& col_filters, const Sizes& grids, const Sizes& prefixes) {
+    const Tensors& tensors, const Tensors& row_filters, const Tensors& col_filters, const Sizes& grids,
+    const Sizes& prefixes) {
+  const size_t count = tensors.size();
   STD_TORCH_CHECK(
       count > 0 && grids.size() == 2 * count && prefixes.size() == count &&
           (row_filters.empty() || row_filters.size() == count) && row_filters.size() == col_filters.size(),
       "lfcc: the lists of a group differ in length");
+  for (const Tensor& tensor : tensors)
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == tensors[0].scalar_type() && tensor.get_device() == tensors[0].get_device(),
+        "lfcc: maps of a group have one type and lie on one device");
 }
 
 Sizes grid_of(const Sizes& grids, size_t n) {
@@ -57,16 +64,13 @@ Optional filter_of(const Tensors& filters, size_t n) { return filters.empty() ? 
 
 Tensors lowpass_group(
     Tensors inputs, Sizes scales, Tensors row_filters, Tensors col_filters, Sizes grids, Sizes prefixes) {
-  check_group(inputs.size(), row_filters, col_filters, grids, prefixes);
+  check_group(inputs, row_filters, col_filters, grids, prefixes);
   const OnDevice device(inputs[0]);
   Tensors results, kept;
   std::vector<Pooled> pooled;
   std::vector<PooledMap> maps;
   for (size_t n = 0; n < inputs.size(); ++n) {
     const Tensor x = lfcc::readable(inputs[n]);
-    STD_TORCH_CHECK(
-        x.scalar_type() == inputs[0].scalar_type() && x.get_device() == inputs[0].get_device(),
-        "lfcc: maps of a group have one type and lie on one device");
     const MapShape shape(x, grid_of(grids, n), prefixes[n]);
     results.push_back(torch::stable::new_empty(x, {shape.batch, lfcc::cells_of(scales), shape.channels}));
     pooled.emplace_back(x, shape, results[n], scales, filter_of(row_filters, n), filter_of(col_filters, n));
@@ -81,7 +85,7 @@ Tensors lowpass_group(
 Tensors lowpass_group_input_grad(
     Tensors grads, Sizes sizes, Sizes channels_last, Sizes scales, Tensors row_filters, Tensors col_filters,
     Sizes grids, Sizes prefixes) {
-  check_group(grads.size(), row_filters, col_filters, grids, prefixes);
+  check_group(grads, row_filters, col_filters, grids, prefixes);
   STD_TORCH_CHECK(channels_last.size() == grads.size(), "lfcc: the lists of a group differ in length");
   const OnDevice device(grads[0]);
   Tensors results, kept;
@@ -92,9 +96,6 @@ Tensors lowpass_group_input_grad(
     const Sizes grid = grid_of(grids, n);
     const size_t dimensions = grid.empty() ? 4 : 3;
     STD_TORCH_CHECK(place + dimensions <= sizes.size(), "lfcc: the lists of a group differ in length");
-    STD_TORCH_CHECK(
-        grads[n].scalar_type() == grads[0].scalar_type() && grads[n].get_device() == grads[0].get_device(),
-        "lfcc: maps of a group have one type and lie on one device");
     const Sizes size(sizes.begin() + place, sizes.begin() + place + dimensions);
     place += dimensions;
     results.push_back(lfcc::empty_map(grads[n], size, channels_last[n] != 0));
@@ -139,11 +140,13 @@ std::tuple<Tensor, Tensor> lowpass_filter_grad(
   const Tensor grad_rows = torch::stable::new_empty(row_filters, row_filters.sizes());
   const Tensor grad_cols = torch::stable::new_empty(col_filters, col_filters.sizes());
   const Pooled pooled(x, shape, dense, scales, row_filters, col_filters);
-  const auto type = type_of(x.scalar_type());
-  const Tensor parts =
-      torch::stable::new_empty(row_filters, {lfcc::cuda::filter_grad_parts(pooled.map, type, scales)});
+  Tensor parts;
+  const auto memory = [&](int64_t numbers) {
+    parts = torch::stable::new_empty(row_filters, {numbers});
+    return parts.data_ptr();
+  };
   lfcc::cuda::lowpass_filter_grad(
-      pooled.map, type, scales, parts.data_ptr(), grad_rows.data_ptr(), grad_cols.data_ptr(), device.stream);
+      pooled.map, type_of(x.scalar_type()), scales, memory, grad_rows.data_ptr(), grad_cols.data_ptr(), device.stream);
   return {grad_rows, grad_cols};
 }
 

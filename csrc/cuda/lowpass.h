@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cuda/platform.h"
@@ -31,11 +32,10 @@ void lowpass(const std::vector<PooledMap>& maps, Type type, const std::vector<in
 void lowpass_input_grad(
     const std::vector<PooledMap>& maps, Type type, const std::vector<int64_t>& scales, cudaStream_t stream);
 
-// dR and dK of one map, from x and from dY in y's place, in the shapes and type of its filters. `parts` is memory for
-// filter_grad_parts(...) numbers of that type.
-int64_t filter_grad_parts(const PooledMap& map, Type type, const std::vector<int64_t>& scales);
+// dR and dK of one map, from x and from dY in y's place, in the shapes and type of its filters. `memory` gives place
+// for so many numbers of that type, until the stream has come past.
 void lowpass_filter_grad(
-    const PooledMap& map, Type type, const std::vector<int64_t>& scales, void* parts, void* grad_rows, void* grad_cols,
-    cudaStream_t stream);
+    const PooledMap& map, Type type, const std::vector<int64_t>& scales, const std::function<void*(int64_t)>& memory,
+    void* grad_rows, void* grad_cols, cudaStream_t stream);
 
 }  // namespace lfcc::cuda

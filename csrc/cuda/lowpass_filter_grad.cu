@@ -147,32 +147,23 @@ __global__ __launch_bounds__(pool_threads) void sum_parts_kernel(
 
 }  // namespace
 
-int64_t filter_grad_parts(const PooledMap& map, Type type, const std::vector<int64_t>& scales) {
-  int64_t numbers = 0;
-  for_type(type, [&](auto element) {
-    const Plan plan = plans<decltype(element)>({map}, scales, Pass::filter_grad).front();
-    numbers = int64_t(plan.blocks) * plan.jobs.scales.passes() * pass_filters * (map.height + map.width);
-  });
-  return numbers;
-}
-
 void lowpass_filter_grad(
-    const PooledMap& map, Type type, const std::vector<int64_t>& scales, void* parts, void* grad_rows, void* grad_cols,
-    cudaStream_t stream) {
+    const PooledMap& map, Type type, const std::vector<int64_t>& scales, const std::function<void*(int64_t)>& memory,
+    void* grad_rows, void* grad_cols, cudaStream_t stream) {
   for_type(type, [&](auto element) {
     using T = decltype(element);
     using A = acc_t<T>;
     const Plan plan = plans<T>({map}, scales, Pass::filter_grad).front();
+    const int filters = plan.jobs.scales.filters, padded = plan.jobs.scales.passes() * pass_filters;
+    A* parts = static_cast<A*>(memory(int64_t(plan.blocks) * padded * (map.height + map.width)));
     launch(
-        "lowpass_filter_grad", filter_grad_kernel<T>, plan.blocks, pool_threads, plan.layout.bytes, stream,
-        plan.jobs, plan.layout, static_cast<A*>(parts));
-    const int filters = plan.jobs.scales.filters;
+        "lowpass_filter_grad", filter_grad_kernel<T>, plan.blocks, pool_threads, plan.layout.bytes, stream, plan.jobs,
+        plan.layout, parts);
     const int64_t numbers = int64_t(filters) * (map.height + map.width);
     launch(
-        "lowpass_sum_parts", sum_parts_kernel<A>, static_cast<unsigned>((numbers + pool_threads - 1) / pool_threads),
-        pool_threads, 0, stream, static_cast<const A*>(parts), static_cast<int>(plan.blocks), filters,
-        plan.jobs.scales.passes() * pass_filters, map.height, map.width, static_cast<A*>(grad_rows),
-        static_cast<A*>(grad_cols));
+        "lowpass_sum_parts", sum_parts_kernel<A>, static_cast<unsigned>(ceil_div(numbers, pool_threads)), pool_threads,
+        0, stream, parts, static_cast<int>(plan.blocks), filters, padded, map.height, map.width,
+        static_cast<A*>(grad_rows), static_cast<A*>(grad_cols));
   });
 }
 

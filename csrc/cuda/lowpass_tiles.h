@@ -28,7 +28,7 @@ struct Scales {
 // Sizes of a tile, and how many of them there are; what does not divide is cut off by the map's end.
 struct Tiling {
   int channels, rows, width;
-  int groups, row_tiles, width_tiles;
+  int groups, width_tiles;
   int shared_c, shared_h, shared_w;  // strides of a tile in shared memory, in elements
   int sum_c, sum_w, sum_columns;     // strides and number of a filter's sums, free of bank conflicts
   bool lanes;                        // channels next to each other, else columns

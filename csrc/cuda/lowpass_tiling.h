@@ -44,7 +44,7 @@ Tiling make_tiling(const PooledMap& map, int channels, int rows, int width) {
   const int64_t size = static_cast<int64_t>(map.height) * map.width;
   tile.maps_joined = tile.rows_joined && tile.rows == map.height && (map.stride_c == size || map.channels == 1);
   tile.groups = ceil_div(map.channels, tile.channels);
-  tile.row_tiles = ceil_div(map.height, tile.rows), tile.width_tiles = ceil_div(map.width, tile.width);
+  tile.width_tiles = ceil_div(map.width, tile.width);
   if (tile.lanes) {
     tile.shared_c = 1, tile.shared_w = round_up(tile.channels, vector), tile.shared_h = tile.width * tile.shared_w;
     tile.sum_c = 1, tile.sum_w = tile.channels, tile.sum_columns = tile.width * tile.channels;
@@ -60,7 +60,8 @@ Tiling make_tiling(const PooledMap& map, int channels, int rows, int width) {
   else if (tile.maps_joined)
     tile.wide &= even(tile.channels * size, tile.groups);
   else if (tile.rows_joined)
-    tile.wide &= even(map.stride_c, map.channels) && even(int64_t(tile.rows) * map.width, tile.row_tiles);
+    tile.wide &= even(map.stride_c, map.channels) &&
+        even(int64_t(tile.rows) * map.width, ceil_div(map.height, tile.rows));
   else
     tile.wide &= even(map.stride_c, map.channels) && even(map.stride_h, map.height) &&
         even(tile.width, tile.width_tiles);

@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "accumulator.h"
+
 // Functions of both sides.
 #define LFCC_HOST_DEVICE __host__ __device__
 
@@ -128,18 +130,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
 
 #endif
 
-// The type in which sums over T are taken, and the way there and back (rounded to nearest even).
-template <typename T>
-struct accumulator {
-  using type = float;
-};
-template <>
-struct accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename accumulator<T>::type;
-
+// To the type in which sums are taken, and back (rounded to nearest even).
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -8,9 +8,7 @@ import functools
 
 import torch
 
-from lfcc_kernels.backends import native
-
-OLDEST_CAPABILITY = (8, 0)  # the first with cp.async and mma of bfloat16, which the kernels are written with
+from lfcc_kernels.backends import native, nvidia
 
 
 @torch.compiler.assume_constant_result
@@ -36,13 +34,9 @@ def _why_missing() -> str:
             "the compiled library has no CUDA kernels; install the CUDA toolkit (nvcc) and run "
             "`LFCC_BUILD_CUDA=1 pip install --no-build-isolation .` again"
         )
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
-        return f"the GPU has compute capability {'.'.join(map(str, capability))}, and 8.0 is the least"
-    return ""
+    return nvidia.missing()
 
 
+@functools.cache
 def _serves(key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("lfcc::lowpass.cuda", key)

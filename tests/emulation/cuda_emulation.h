@@ -19,7 +19,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static thread_local  // block.h says why
@@ -28,7 +27,6 @@ inline constexpr const uint3& threadIdx = lfcc::emulation::machine.thread_index;
 inline constexpr const uint3& blockIdx = lfcc::emulation::machine.block_index;
 inline constexpr const dim3& blockDim = lfcc::emulation::machine.block_size;
 inline constexpr const dim3& gridDim = lfcc::emulation::machine.grid_size;
-constexpr int warpSize = 32;
 
 // ---- the runtime
 
@@ -91,11 +89,8 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
-inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>(uint64_t(x) * y >> 32); }
 
 // Of two numbers of which one is NaN, the other.
 template <typename A, typename B>

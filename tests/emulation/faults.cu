@@ -3,7 +3,7 @@
 
 namespace {
 
-using lfcc::cuda::acc_t;
+using lfcc::acc_t;
 using lfcc::cuda::launch;
 
 constexpr unsigned all_lanes = ~0u;

@@ -9,12 +9,12 @@ import os
 
 import torch
 
+from lfcc_kernels.backends import nvidia
+
 # Triton reads this when it decorates a kernel, so it counts only where it was set before the first one ran.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 DEVICE = "cpu" if INTERPRET else "cuda"  # where the tensors must be
-
-OLDEST_CAPABILITY = (8, 0)  # before it tl.dot of two-byte types falls back on slow scalar code
 
 
 @torch.compiler.assume_constant_result
@@ -29,9 +29,7 @@ def _why_missing() -> str:
         return "Triton is not installed; it comes with torch for CUDA on Linux"
     if INTERPRET:
         return ""
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
-        return f"the GPU has compute capability {'.'.join(map(str, capability))}, and 8.0 is the least"
-    return ""
+    reason = nvidia.missing()
+    if reason == nvidia.NO_GPU:
+        reason += "; TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly"
+    return reason

@@ -1,0 +1,17 @@
+#pragma once
+
+namespace lfcc {
+
+// The type in which sums over T are taken.
+template <typename T>
+struct accumulator {
+  using type = float;
+};
+template <>
+struct accumulator<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename accumulator<T>::type;
+
+}  // namespace lfcc
