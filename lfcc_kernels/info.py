@@ -4,11 +4,13 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 
 import torch
 
 import lfcc_kernels
 from lfcc_kernels.backends import cuda, native, triton
+from lfcc_kernels.ops import dispatch
 
 _DISTRIBUTION = "lfcc-kernels"
 
@@ -23,6 +25,19 @@ def report() -> str:
         "optional packages": _extras(),
     }
     return "\n\n".join(_section(title, rows) for title, rows in sections.items())
+
+
+def commit() -> str:
+    """The git commit of the checkout that this package runs from, with "-dirty" where files differ from it; empty for
+    an installed package."""
+    root = native.PACKAGE.parent
+    if not (root / ".git").exists():
+        return ""
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _section(title: str, rows: dict[str, str]) -> str:
@@ -48,8 +63,15 @@ def _backends() -> dict[str, str]:
         "cuda": f"not available: {cuda.missing()}" if cuda.missing() else "available: compiled, CUDA tensors",
         "in use": f"{chosen}, from LFCC_BACKEND"
         if chosen
-        else "auto: cpu, triton or cuda, the first of them that can serve, else eager",
+        else f"auto: {_measured()}the first of cpu, triton and cuda that can serve, else eager",
     }
+
+
+def _measured() -> str:
+    """What `auto` goes by first: for each kind of device the records behind its table."""
+    devices = {name: sorted({line["record"] for line in lines}) for name, lines in dispatch.table().items() if lines}
+    records = "; ".join(f"on {name} {', '.join(records)}" for name, records in devices.items())
+    return f"by table ({records}), else " if records else ""
 
 
 def _triton() -> str:

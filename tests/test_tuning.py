@@ -244,12 +244,6 @@ def test_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "needs an NVIDIA GPU and Triton: torch finds no NVIDIA GPU\n" in error and error.count("\n") == 1
 
 
-def test_command_without_tune(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["bench"])
-    assert "--tune is what there is for now" in capsys.readouterr().err
-
-
 def test_cases_look_up_every_line_but_those_of_float64(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]) -> None:
     """What a kernel or shape class that is new in a table needs: a case that runs it."""
     monkeypatch.setattr(runtime, "raised", lambda dtype: dtype)  # classes as on a GPU; nothing is launched here

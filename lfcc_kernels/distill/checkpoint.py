@@ -19,8 +19,9 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 
+from lfcc_kernels.files import replace_file
+
 from .distiller import Distiller
-from .files import replace_file
 from .metrics import seconds
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from .files import replace_file
+from lfcc_kernels.files import replace_file
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 MD5 = {

@@ -3,41 +3,21 @@
 Needs the extra `lfcc-kernels[report]`. The page loads nothing from anywhere.
 """
 
-import base64
 import html
-import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .files import replace_file
+from lfcc_kernels.pages import Picture, Rows, html_link, html_table, write_html, write_picture
+
 from .run_folder import read_csv
 
-Rows = Sequence[Mapping[str, object]]
-
 _TERMS = {"ce": "cross-entropy", "kd": "logit KD", "lfcc": "LFCC"}
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto }
-h1 { line-height: 1.2 } h2 { margin-top: 2.5rem }
-table { border-collapse: collapse } th, td { padding: .3rem .9rem; text-align: right }
-td { border-top: 1px solid #ddd } th:first-child, td:first-child { text-align: left }
-figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #555; font-size: .9rem }
-"""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the page: `name` is that of its PNG file, `caption` says what is seen."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
 
 
 @dataclass(frozen=True)
@@ -71,17 +51,14 @@ def write_report(
     body = [
         f"<h1>{html.escape(title)}</h1>",
         *(f"<p>{html.escape(paragraph)}</p>" for paragraph in text),
-        _html_table(table or [_last_row(run) for run in loaded]),
-        *(_write_picture(picture, output) for picture in (_accuracy(loaded), _terms(loaded), *pictures)),
+        html_table(table or [_last_row(run) for run in loaded]),
+        *(write_picture(picture, output) for picture in (_accuracy(loaded), _terms(loaded), *pictures)),
         "<h2>Where this ran</h2>",
-        _html_table(_where(loaded)),
+        html_table(_where(loaded)),
         "<h2>The numbers behind the curves</h2>",
         *(f"<p>{_copy_csv(run, 'summary', output)}, {_copy_csv(run, 'steps', output)}</p>" for run in loaded),
     ]
-    page = output / "report.html"
-    with replace_file(page) as file:
-        file.write(_html_page(title, body).encode())
-    return page
+    return write_html(output / "report.html", title, body)
 
 
 def text_table(rows: Rows) -> str:
@@ -169,36 +146,8 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.legend(frameon=False)
 
 
-def _write_picture(picture: Picture, output: Path) -> str:
-    """Write the PNG file; returns the HTML that shows the same bytes."""
-    png = io.BytesIO()
-    picture.figure.savefig(png, format="png", dpi=120)
-    with replace_file(output / f"{picture.name}.png") as file:
-        file.write(png.getvalue())
-    title, source = html.escape(picture.title), base64.b64encode(png.getvalue()).decode()
-    return (
-        f'<h2>{title}</h2>\n<figure><img alt="{title}" src="data:image/png;base64,{source}">\n'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
-    )
-
-
 def _copy_csv(run: Run, kind: str, output: Path) -> str:
     """Copy a table of the run; returns the HTML that links to it."""
     name = f"{run.name}-{kind}.csv"
     shutil.copyfile(run.folder / f"{kind}.csv", output / name)
-    return f'<a href="{html.escape(name)}">{html.escape(name)}</a>'
-
-
-def _html_table(rows: Rows) -> str:
-    def line(cell: str, values: Sequence[object]) -> str:
-        return "<tr>" + "".join(f"<{cell}>{html.escape(str(value))}</{cell}>" for value in values) + "</tr>"
-
-    if not rows:
-        return ""
-    lines = (line("th", list(rows[0])), *(line("td", list(row.values())) for row in rows))
-    return "\n".join(["<table>", *lines, "</table>"])
-
-
-def _html_page(title: str, body: Sequence[str]) -> str:
-    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>'
-    return "\n".join(["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>\n"])
+    return html_link(name)

@@ -20,8 +20,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import lfcc_kernels
-
-from .files import remove_stale, replace_file
+from lfcc_kernels.files import remove_stale, replace_file
 
 
 class RunFolder:

@@ -9,8 +9,8 @@ from toy_runs import make_distiller
 
 from lfcc_kernels.distill import CheckpointError, FitSettings, load_checkpoint
 from lfcc_kernels.distill.checkpoint import restore_rng, rng_state, save_checkpoint
-from lfcc_kernels.distill.files import remove_stale, replace_file
 from lfcc_kernels.distill.loop import create_training_state
+from lfcc_kernels.files import remove_stale, replace_file
 
 
 def state(**settings) -> dict:

@@ -5,7 +5,6 @@ It needs no part of Triton to say that it cannot run. A table is written whole a
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 
 import lfcc_kernels
-from lfcc_kernels.backends import native
 from lfcc_kernels.backends.triton import INTERPRET, missing
+from lfcc_kernels.info import commit
 
 Tune = Callable[[], tuple[dict[str, Any], list[str]]]
 
@@ -82,16 +81,4 @@ def _source() -> str:
 
     versions = f"torch {torch.__version__}, triton {triton.__version__}, lfcc_kernels {lfcc_kernels.__version__}"
     today = datetime.now(timezone.utc).date().isoformat()
-    return f"measured on {torch.cuda.get_device_name()}, {today}, {versions} {_commit()}".rstrip()
-
-
-def _commit() -> str:
-    """The commit of the checkout that this package runs from; empty for an installed one."""
-    root = native.PACKAGE.parent
-    if not (root / ".git").exists():
-        return ""
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        return ""
+    return f"measured on {torch.cuda.get_device_name()}, {today}, {versions} {commit()}".rstrip()
