@@ -4,18 +4,39 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import randn
+import torch._dynamo.testing
+from torch import Tensor, randn
 
 import lfcc_kernels as lk
 from lfcc_kernels.backends import cuda, native, triton
-from lfcc_kernels.ops.dispatch import select
+from lfcc_kernels.ops import dispatch
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 FASTEST = "eager" if native.missing else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets what was measured: lists of lines (op, dtype, up_to, backend) by machine. At first it is nothing."""
+
+    def table(**machines: list[tuple]) -> None:
+        keys = ("op", "dtype", "up_to", "backend")
+        lines = {name: [dict(zip(keys, line, strict=True)) for line in some] for name, some in machines.items()}
+        monkeypatch.setattr(dispatch, "table", lambda: lines)
+        dispatch._cached_lines.cache_clear()
+
+    table()
+    yield table
+    dispatch._cached_lines.cache_clear()
+
+
+def select(device: torch.device, dtype: torch.dtype, op: str = "lowpass", size: int = 1000) -> str:
+    return dispatch.select(op, device, dtype, size)
 
 
 def served() -> str:
@@ -129,6 +150,126 @@ def test_auto_takes_cuda_kernels_where_triton_is_missing(
         assert select(CUDA, dtype) == ("eager" if dtype == torch.float64 else "cuda")
 
 
+def test_a_line_holds_for_its_op_its_dtype_and_sizes_up_to_its_bound(
+    with_all_kernels: None, measured: Callable[..., None]
+) -> None:
+    measured(
+        cpu=[
+            ("info_nce", "float32", None, "eager"),
+            ("lowpass", "float32", 10, "eager"),
+            ("lowpass", "float32", 200, "cpu"),
+            ("lowpass", "float32", None, "eager"),
+        ]
+    )
+    with lk.use_backend("auto"):
+        sizes = (0, 10, 11, 200, 201, 10**12)
+        assert [select(CPU, torch.float32, size=size) for size in sizes] == ["eager"] * 2 + ["cpu"] * 2 + ["eager"] * 2
+        assert select(CPU, torch.float32, "info_nce") == "eager"
+        assert select(CPU, torch.bfloat16) == select(CPU, torch.bfloat16, "info_nce") == "cpu"
+        assert select(CUDA, torch.float32) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), "triton"), ((8, 6), "cuda"), ((8, 9), "cuda"), ((9, 0), "eager"), ((10, 0), "eager"), ((12, 1), "cuda")],
+    ids=str,
+)
+def test_a_gpu_goes_by_the_nearest_older_one(
+    with_all_kernels: None,
+    measured: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    expected: str,
+) -> None:
+    """sm_100 has no line for the op; nothing older than sm_80 was measured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    lines = {name: [("lowpass", "bfloat16", None, name)] for name in ("cuda", "eager")}
+    measured(
+        sm_120=lines["cuda"], sm_86=lines["cuda"], cpu=lines["eager"], sm_90=lines["eager"],
+        sm_100=[("info_nce", "bfloat16", None, "cuda")],
+    )  # fmt: skip
+    with lk.use_backend("auto"):
+        assert select(CUDA, torch.bfloat16) == expected
+        assert select(CUDA, torch.float64) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "eager")], ids=str
+)
+def test_a_measured_backend_that_cannot_serve_leaves_it_to_the_fixed_order(
+    with_all_kernels: None,
+    measured: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    missing: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    measured(sm_90=[("lowpass", "float32", None, "cuda")])
+    for name in missing:
+        monkeypatch.setattr({"cuda": cuda, "triton": triton}[name], "missing", lambda: "not built")
+    with lk.use_backend("auto"):
+        assert select(CUDA, torch.float32) == expected
+
+
+def test_a_named_backend_overrides_the_table(measured: Callable[..., None], kernels: str) -> None:
+    measured(cpu=[("lowpass", "float32", None, "eager")])
+    assert served() == kernels
+    with lk.use_backend("auto"):
+        assert served() == "eager"
+
+
+@pytest.mark.skipif(native.missing != "", reason="the compiled kernels are not built")
+@pytest.mark.parametrize(
+    ("call", "small", "large"),
+    [
+        pytest.param(lk.lowpass, [(1, 5, 4, 4)], [(2, 3, 4, 4)], id="lowpass, 80 and 96 elements"),
+        pytest.param(lk.info_nce, [(9, 3), (9, 3)], [(7, 3), (13, 3)], id="info_nce, 81 and 91 pairs of rows"),
+    ],
+)
+def test_the_size_of_a_call(measured: Callable[..., None], call: Callable, small: list, large: list) -> None:
+    measured(cpu=[(op, "float32", bound, name) for op in ("lowpass", "info_nce")
+                  for bound, name in ((90, "eager"), (None, "cpu"))])  # fmt: skip
+    with lk.use_backend("auto"):
+        results = [call(*(randn(shape, requires_grad=True) for shape in shapes)) for shapes in (small, large)]
+    assert ["lfcc" in result.grad_fn.name() for result in results] == [False, True]
+
+
+UP_TO_SIX = [("lowpass", "float32", 6 * 105, "eager"), ("lowpass", "float32", None, "cpu")]  # maps (3, 5, 7)
+
+
+def test_either_side_of_a_bound_is_compiled_once(measured: Callable[..., None]) -> None:
+    measured(cpu=UP_TO_SIX)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lk.lowpass, fullgraph=True, backend=graphs, dynamic=True)
+    with lk.use_backend("auto"):
+        for batch in (4, 6, 2, 8, 9, 20):
+            x = randn(batch, 3, 5, 7)
+            torch.testing.assert_close(compiled(x), lk.lowpass(x))
+    assert graphs.frame_count == 2
+
+
+class LowPass(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return lk.lowpass(x)
+
+
+@pytest.mark.skipif(native.missing != "", reason="the compiled kernels are not built")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph_is_for_all_sizes(measured: Callable[..., None], strict: bool) -> None:
+    """It holds the backend of the largest, whatever the size of the example."""
+    measured(cpu=UP_TO_SIX)
+    batch = torch.export.Dim("batch", min=2, max=512)
+    with lk.use_backend("auto"), torch.no_grad():
+        program = torch.export.export(LowPass(), (randn(4, 3, 5, 7),), dynamic_shapes=({0: batch},), strict=strict)
+        assert "lfcc.lowpass.default" in [str(node.target) for node in program.graph.nodes]
+        for size in (2, 20):
+            x = randn(size, 3, 5, 7)
+            torch.testing.assert_close(program.module()(x), lk.lowpass(x))
+
+
 def test_available_are_those_that_lack_nothing(with_all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lk.available_backends() == ("eager", "cpu", "triton", "cuda")
     monkeypatch.setattr(triton, "missing", lambda: "no NVIDIA GPU")
@@ -165,7 +306,10 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-SERVED = "import torch; from lfcc_kernels.ops.dispatch import select; print(select(torch.device('cpu'), torch.float32))"
+SERVED = (
+    "import torch; from lfcc_kernels.ops.dispatch import select; "
+    "print(select('lowpass', torch.device('cpu'), torch.float32, 1))"
+)
 LOWPASS = "import torch, lfcc_kernels as lk; lk.lowpass(torch.ones(1, 1, 4, 4))"
 
 

@@ -54,7 +54,7 @@ def info_nce(
     if temperature.requires_grad:
         temperature = temperature.to(student.device)  # kernels give a gradient to none that lies elsewhere
     pair = (student, teacher, temperature, student_ids, teacher_ids, positive_offset)
-    backend = select(student.device, student.dtype)
+    backend = select("info_nce", student.device, student.dtype, student.shape[0] * teacher.shape[0])
     if backend == "eager":
         return eager.info_nce(*pair, symmetric, normalize, mean)
     if not symmetric and torch.is_grad_enabled() and (student.requires_grad or temperature.requires_grad):

@@ -47,7 +47,8 @@ def info_nce_group(
 
 def _at_once(students: list[Tensor], teachers: list[Tensor], direction: str) -> bool:
     first = students[0]
-    if select(first.device, first.dtype) not in BACKENDS or first.dtype == torch.float64:
+    pairs_of_rows = sum(s.shape[0] * t.shape[0] for s, t in zip(students, teachers, strict=True))
+    if select("info_nce", first.device, first.dtype, pairs_of_rows) not in BACKENDS or first.dtype == torch.float64:
         return False
     if direction != "student_to_teacher" or not torch.is_grad_enabled():
         return False

@@ -31,7 +31,7 @@ def lowpass_group(
 ) -> list[Tensor]:
     """The pyramid of each map: at once where a backend can, else one after the other."""
     first = maps[0]
-    backend = select(first.device, first.dtype)
+    backend = select("lowpass", first.device, first.dtype, sum(x.numel() for x in maps))
     if backend in BACKENDS and len(maps) > 1 and all(x.dtype == first.dtype for x in maps):
         numbers = [number for grid in grids for number in grid or (0, 0)]
         return list(call(op("lowpass_group", backend), maps, scales, row_filters, col_filters, numbers, prefix_tokens))
