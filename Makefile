@@ -38,8 +38,8 @@ lint: $(STAMPS)/lint ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMPS)/bench ## measure the kernels against their peers
-	$(BIN)/python -m benchmarks
+bench: $(STAMPS)/bench $(STAMPS)/peers ## measure the kernels against their peers, half an hour
+	$(BIN)/lfcc bench
 
 # It takes the packages that PYTHON has and downloads nothing. What fails, or tests that take more than four minutes,
 # do not keep the rest from running. Under compute-sanitizer torch keeps no memory, which would hide what reaches past a
@@ -57,7 +57,7 @@ gpu: ## build, test and measure on an NVIDIA GPU with the packages of PYTHON: to
 	for tool in $${sanitizer:+memcheck racecheck}; do echo "== the CUDA kernels under $$tool"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT -k 20 100 $$sanitizer --tool $$tool --target-processes all \
 		--report-api-errors no --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k 'opcheck and cuda' tests/test_ops.py || failed="$$failed $$tool"; done; \
-	echo "== benchmarks"; $(PYTHON) -m benchmarks --device cuda || failed="$$failed benchmarks"; \
+	echo "== benchmarks"; $(PYTHON) -m lfcc_kernels.cli bench --device cuda --minutes 4 || failed="$$failed benchmarks"; \
 	if [ "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
 
 wheel: $(STAMPS)/torch ## build a wheel for every Python and torch 2.11 to 2.14 into dist/
@@ -109,7 +109,7 @@ $(STAMPS)/triton: Makefile $(STAMPS)/torch
 	@touch $@
 
 # The package is installed already, so this brings only what the extra adds.
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch | $(STAMPS)/built
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch | $(STAMPS)/built
 	@echo "== installing the packages of lfcc-kernels[$*]"
 	@$(PIP) install 'lfcc-kernels[$*]'
 	@touch $@

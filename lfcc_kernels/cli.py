@@ -3,13 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 _COMMANDS = {
     "info": "what is built, what is available, and why not",
     "inspect": "taps of a timm model: widths, grids, prefix tokens",
     "distill": "train a student with a teacher",
-    "report": "a page of tables and curves from run folders",
-    "bench": "measure the Triton kernels' tiles on this GPU",
+    "bench": "measure the kernels and the loss against their peers",
+    "report": "a page of tables and pictures from run folders, or from a record of bench",
 }
 
 
@@ -17,24 +18,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one `lfcc` command. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        _run(argv)
+        return _run(argv)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("lfcc_kernels"):
             raise
-        return _fail(f"{error.name} is not installed; pip install 'lfcc-kernels[train,report]' brings what is missing")
+        return _fail(
+            f"{error.name} is not installed; pip install 'lfcc-kernels[train,report,bench]' brings what is missing"
+        )
     except (OSError, ValueError, FloatingPointError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
-    return 0
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     # The libraries behind a command are imported with it, so that `lfcc info` needs torch alone.
     if argv[:1] == ["distill"]:
         from lfcc_kernels.distill.command import distill
 
-        return distill(argv[1:])
+        distill(argv[1:])
+        return 0
+    if argv[:1] == ["bench"]:
+        from lfcc_kernels.bench.command import bench
+
+        return bench(argv[1:])
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "info":
@@ -46,15 +53,22 @@ def _run(argv: list[str]) -> None:
 
         print(inspect_model(args.model, args.img_size))
     elif args.command == "report":
+        _report([Path(source) for source in args.source], args.output)
+    return 0
+
+
+def _report(sources: list[Path], output: str) -> None:
+    records = [source for source in sources if source.suffix == ".json"]
+    if not records:
         from lfcc_kernels.distill.report import write_report
 
-        write_report(args.run, args.output)
-    elif args.command == "bench":
-        if not args.tune:
-            parser.error("bench: --tune is what there is for now; `make bench` or `python -m benchmarks` measures")
-        from lfcc_kernels.backends.triton.tuning import tune
+        write_report(sources, output)
+    elif len(sources) == 1:
+        from lfcc_kernels.bench.page import write_page
 
-        tune(args.output)
+        write_page(sources[0], output)
+    else:
+        raise ValueError(f"report: one record of bench, or run folders; got {', '.join(map(str, sources))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,11 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     add = {name: commands.add_parser(name, help=text, description=text) for name, text in _COMMANDS.items()}
     add["inspect"].add_argument("model", help="name of a timm model")
     add["inspect"].add_argument("--img-size", type=int, metavar="PX", help="side of the images")
-    add["report"].add_argument("run", nargs="+", help="run folder")
+    add["report"].add_argument("source", nargs="+", help="run folder, or the JSON file of a record")
     add["report"].add_argument("-o", "--output", default="report", help="folder for the page (%(default)s)")
-    tune = "time tiles and crossovers on this GPU and write its table; a few minutes, and again goes on from there"
-    add["bench"].add_argument("--tune", action="store_true", help=tune)
-    add["bench"].add_argument("-o", "--output", metavar="FILE", help="table to write (the package's own for this GPU)")
     return parser
 
 

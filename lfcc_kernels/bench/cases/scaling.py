@@ -1,0 +1,144 @@
+"""Time and memory against one size at a time: B, D, H * W, the number of scales, and the number of ranks.
+
+B and D of the one-way contrast with a frozen teacher; B of the whole loss on small maps; H * W of the low-pass at
+constant B * C; scales of the low-pass on one map, whose number ends the shape. Ranks, whose number begins the shape,
+scale weakly: each keeps its rows and contrasts them with the keys of all, so its work grows with their number.
+Counted as in `lowpass` and `info_nce`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+import lfcc_kernels as lk
+from lfcc_kernels.bench import machine, peers, ranks
+from lfcc_kernels.bench.cases import lfcc
+from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case, Step, features, rows
+
+MANY_SCALES = (1, 2, 4, 7, 14)
+
+
+def cases(tiny: bool, dtype: torch.dtype | None) -> list[Case]:
+    if machine.HERE.device.type == "cuda":
+        dtype = dtype or torch.bfloat16
+        batches, whole_batches, dims = (256, 1024, 4096, 16384, 65536), (512, 2048, 8192), (128, 512, 2048, 4096)
+        rows_against_dims, sides, maps, rows_a_rank = 8192, (7, 14, 28, 56, 112), 256, 8192
+    else:
+        dtype = dtype or torch.float32
+        batches, whole_batches, dims = (64, 256, 1024, 4096), (128, 512, 2048), (128, 512, 2048, 4096)
+        rows_against_dims, sides, maps, rows_a_rank = 512, (7, 14, 28, 56), 32, 512
+    numbers = range(1, len(MANY_SCALES) + 1)
+    return [
+        *(_contrast("over-B", (b, 512), tiny, dtype, axis="B", x=b, memory=True) for b in batches),
+        *(_contrast("over-D", (rows_against_dims, d), tiny, dtype, axis="D", x=d) for d in dims),
+        *(_whole_loss(b, tiny, dtype) for b in whole_batches),
+        *(_lowpass("over-HW", (maps, 256, s, s), SCALES, tiny, dtype, axis="H*W", x=s**2) for s in sides),
+        *(
+            _lowpass("over-scales", (maps, 256, 56, 56, n), MANY_SCALES[:n], tiny, dtype, axis="scales", x=n)
+            for n in numbers
+        ),
+        *(_across_ranks(n, (rows_a_rank, 512), tiny, dtype) for n in (1, 2, 4)),
+    ]
+
+
+def _contrast(label: str, shape: tuple[int, int], tiny: bool, dtype: torch.dtype, **options) -> Case:
+    shape = (shape[0] // 32, shape[1] // 16) if tiny else shape
+    calls = {
+        "ours": lk.info_nce,
+        "eager": peers.contrast_dense,
+        "linear_cross_entropy": peers.contrast_linear_cross_entropy,
+    }
+    moved, pairs = 3 * math.prod(shape) * dtype.itemsize, shape[0] ** 2
+    return Case(
+        "scaling",
+        f"info_nce-{label}",
+        shape,
+        "fwd+bwd",
+        lambda: rows(shape, True, dtype),
+        {name: partial(call, temperature=TEMPERATURE) for name, call in calls.items()},
+        (Step(moved, 4 * pairs * shape[1]),),
+        "4 B^2 D FLOPs",
+        dtype=dtype,
+        op="info_nce",
+        size=pairs,
+        heaps=False,
+        **options,
+    )
+
+
+def _whole_loss(batch: int, tiny: bool, dtype: torch.dtype) -> Case:
+    case = lfcc.small_maps(batch, tiny, dtype)
+    return replace(case, suite="scaling", label="lfcc-over-B", axis="B", x=batch)
+
+
+def _lowpass(
+    label: str, shape: tuple[int, ...], scales: Sequence[int], tiny: bool, dtype: torch.dtype, **options
+) -> Case:
+    shape = (2, 8, *shape[2:]) if tiny else shape
+    whole = shape[:4]
+    cells = sum(scale**2 for scale in scales)
+
+    @cache
+    def matrix(like: torch.dtype) -> Tensor:
+        return peers.stacked_averages(whole[2:], scales).to(machine.HERE.device, like)
+
+    def one_gemm(x: Tensor) -> Tensor:
+        return peers.pool_one_gemm(x, matrix(peers.raised(x[:0]).dtype))
+
+    moved = 2 * (math.prod(whole) + math.prod(whole[:2]) * cells) * dtype.itemsize
+    return Case(
+        "scaling",
+        f"lowpass-{label}",
+        shape,
+        "fwd+bwd",
+        lambda: (features(whole, True, dtype),),
+        {
+            "ours": partial(lk.lowpass, scales=scales),
+            "eager": partial(peers.pool_each_scale, scales=scales),
+            "one-GEMM": one_gemm,
+        },
+        (Step(moved),),
+        "2 X + 2 Y bytes",
+        dtype=dtype,
+        op="lowpass",
+        size=math.prod(whole),
+        heaps=False,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class _AcrossRanks(Case):
+    """A case that is done when all ranks are."""
+
+    world: ranks.World = field(kw_only=True)
+
+    def run(self, call: Candidate, inputs: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, ...]:
+        results = super().run(call, inputs, upstream)
+        self.world.wait()
+        return results
+
+
+def _across_ranks(number: int, shape: tuple[int, int], tiny: bool, dtype: torch.dtype) -> Case:
+    shape = (shape[0] // 32, shape[1] // 16) if tiny else shape
+    make_rows = partial(rows, shape, True, dtype)
+    world = ranks.World(number, make_rows)
+    losses = {"ours": ranks.ours, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
+    return _AcrossRanks(
+        "scaling",
+        "info_nce-over-ranks",
+        (number, *shape),
+        "fwd+bwd",
+        make_rows,
+        {name: world.candidate(partial(loss, temperature=TEMPERATURE)) for name, loss in losses.items()},
+        dtype=dtype,
+        axis="ranks",
+        x=number,
+        heaps=False,
+        world=world,
+        close=world.close,
+    )

@@ -1,0 +1,177 @@
+"""An NVIDIA GPU through torch.cuda. Nothing here changes a setting of the device."""
+
+import functools
+import gc
+import importlib.metadata
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+
+from lfcc_kernels.bench.machine.base import SIZE, Call, Machine, slug
+from lfcc_kernels.bench.record import Request
+
+COPY_BYTES = 1 << 20 if SIZE == "tiny" else 1 << 30  # read, and as many written
+_SLEEP_CYCLES = 2e9  # of torch.cuda._sleep in a second, at the highest clock there is: never too short
+_QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
+_PACKAGES = ("triton", "memeff", "inf-cl", "cut-cross-entropy", "liger-kernel", "open-clip-torch")
+
+
+class Cuda(Machine):
+    """The clock is that of the device: host and launches are hidden as in a training step that keeps it busy.
+
+    Only where a timing takes several calls, to see what a call costs its caller, is it the host's.
+    """
+
+    device = torch.device("cuda")
+    run = "cuda"
+    seconds_a_case = 0.6
+    # Of float32: peers and convolutions that take TF32. Of two bytes: logits of 10 that are rounded before the exp.
+    tolerance = MappingProxyType({torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 5e-2})
+    float64_limit = 4 << 30
+    graph_below = 50e-6
+    weighs_all = True
+
+    def name(self) -> str:
+        return slug(torch.cuda.get_device_name())
+
+    def cache_bytes(self) -> int:
+        return torch.cuda.get_device_properties().L2_cache_size
+
+    def copy_gbps(self) -> float:
+        source, target = _copy_operands()
+        return 2 * COPY_BYTES / min(self.seconds(lambda: target.copy_(source)) for _ in range(3)) / 1e9
+
+    def gemm_gflops(self, dtype: torch.dtype) -> float:
+        a, b, c = _gemm_operands(dtype)
+        return 2 * len(a) ** 3 / min(self.seconds(lambda: torch.mm(a, b, out=c)) for _ in range(3)) / 1e9
+
+    def clock_mhz(self) -> float | None:
+        try:
+            return float(_nvidia_smi("clocks.sm", "csv,noheader,nounits"))
+        except ValueError:
+            return None
+
+    def seconds(self, call: Callable[[], object], calls: int = 1, head_start: float = 0.0) -> float:
+        gc.disable()
+        try:
+            torch.cuda.synchronize()
+            return _host_clock(call, calls) if calls > 1 else _device_clock(call, head_start)
+        finally:
+            gc.enable()
+
+    def host_seconds(self, call: Callable[[], object]) -> float:
+        """With a margin; one that waits for the device needs no more than some."""
+        torch.cuda.synchronize()
+        return min(1.5 * _host_clock(call, 1), 0.02)
+
+    def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # A capture that fails leaves torch's random numbers unusable, so what would fail is found out before.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                for call in calls[:3]:
+                    call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # what it frees may be no part of a capture
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                for call in calls:
+                    call()
+        finally:
+            gc.enable()
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay
+
+    def peak_memory(self, request: Request, case: str, calls: Mapping[str, Call]) -> dict[str, int]:
+        """By torch's allocator, which every candidate takes its memory from."""
+        gc.collect()
+        peaks = {name: _peak(call) for name, call in calls.items()}
+        return {name: peak for name, peak in peaks.items() if peak is not None}
+
+    def environment(self) -> dict:
+        properties = torch.cuda.get_device_properties()
+        self.gemm_gflops(torch.bfloat16)  # so that the clocks are not those of an idle device
+        return {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "last_cache_bytes": properties.L2_cache_size,
+            "nvidia_smi_fields": _QUERY,
+            "nvidia_smi": _nvidia_smi(_QUERY, "csv,noheader"),
+            "cuda": torch.version.cuda,
+            "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+            **super().environment(),
+        }
+
+
+def _host_clock(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        results = call()
+    seconds = (time.perf_counter() - start) / calls
+    torch.cuda.synchronize()
+    del results
+    return seconds
+
+
+def _device_clock(call: Callable[[], object], head_start: float) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(int(_SLEEP_CYCLES * (head_start + 50e-6)))
+    start.record()
+    results = call()
+    end.record()
+    end.synchronize()
+    del results
+    return start.elapsed_time(end) / 1e3
+
+
+def _peak(call: Call) -> int | None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        results = call()
+    except torch.OutOfMemoryError:  # the times that were taken shall not be lost for it
+        return None
+    torch.cuda.synchronize()
+    returned = sum(x.numel() * x.element_size() for x in results)
+    return max(0, torch.cuda.max_memory_allocated() - before - returned)
+
+
+@functools.cache
+def _copy_operands() -> tuple[torch.Tensor, ...]:
+    source = torch.randn(COPY_BYTES // 4, device="cuda")
+    return source, torch.empty_like(source)
+
+
+@functools.cache
+def _gemm_operands(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    side = 256 if SIZE == "tiny" else 8192 if dtype.itemsize == 2 else 4096
+    return torch.randn(3, side, side, device="cuda").to(dtype).unbind()
+
+
+def _nvidia_smi(fields: str, layout: str) -> str:
+    """What the driver says of the device in use; empty where it cannot be asked."""
+    device = torch.cuda.get_device_properties().uuid
+    command = ["nvidia-smi", f"--id=GPU-{device}", f"--query-gpu={fields}", f"--format={layout}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

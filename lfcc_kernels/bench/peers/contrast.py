@@ -1,0 +1,92 @@
+"""The mean loss of `info_nce` between rows (B, D), by what torch has."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lfcc_kernels.bench.peers.common import labels
+
+
+def contrast_dense(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """normalize, matmul, cross_entropy: the B x K matrix is held."""
+    queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    return F.cross_entropy(queries @ keys.t() / temperature, labels(queries))
+
+
+def contrast_dense_symmetric(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The mean of both directions over one matrix, as CLIP does."""
+    logits = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).t() / temperature
+    positives = labels(logits)
+    return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.t(), positives)) / 2
+
+
+def contrast_dense_nt_xent(view: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss of two views, each row against all other rows of both: the 2B x 2B matrix is held."""
+    views = F.normalize(torch.cat((view, other)), dim=1)
+    logits = (views @ views.t() / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, labels(views).roll(len(view)))
+
+
+def contrast_linear_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """torch's chunked cross entropy behind a linear layer (2.13 and newer), whose weight the teacher is."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy, 2.13 was the first")
+    queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(queries / temperature, keys, labels(queries), options=options)
+
+
+def contrast_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """torch's flash attention over the teacher's rows: what it gives, less the positive, is the gradient of a student
+    whose teacher is frozen."""
+    if student.device.type == "cuda" and student.shape[1] > 256:
+        raise NotImplementedError(f"flash attention on a GPU takes up to 256 values a row, not {student.shape[1]}")
+    return _Attention.apply(F.normalize(student, dim=1), F.normalize(teacher, dim=1), temperature)
+
+
+class _Attention(torch.autograd.Function):
+    """Loss and gradient in one pass: dq = (softmax(A) k - k_i) / (B tau), and the loss out of the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+        on_gpu = queries.device.type == "cuda"
+        name = "_scaled_dot_product_flash_attention" + ("" if on_gpu else "_for_cpu")
+        heads = queries[None, None], keys[None, None], keys[None, None]
+        mixed, normaliser, *_ = getattr(torch.ops.aten, name)(*heads, 0.0, False, scale=1 / temperature)
+        ctx.save_for_backward((mixed[0, 0] - keys) / (len(queries) * temperature))
+        return (normaliser[0, 0] - (queries * keys).sum(1) / temperature).mean()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
+def contrast_row_blocks(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """A plain Python loop over blocks of 256 rows with library GEMMs; the teacher is frozen."""
+    queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    return _RowBlocks.apply(queries, keys, temperature, torch.is_grad_enabled() and student.requires_grad)
+
+
+class _RowBlocks(torch.autograd.Function):
+    """Loss and gradient in one pass: dq = (softmax(A) k - k_i) / (B tau)."""
+
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor, temperature: float, learns: bool) -> Tensor:
+        loss = queries.new_zeros((), dtype=torch.promote_types(queries.dtype, torch.float32))
+        gradient = torch.empty_like(queries) if learns else None
+        for start in range(0, len(queries), 256):
+            block = slice(start, start + 256)
+            logits = (queries[block] @ keys.t()).div_(temperature)
+            normaliser = logits.logsumexp(1)
+            loss += (normaliser - logits.diagonal(start)).sum()
+            if gradient is not None:
+                torch.mm(logits.sub_(normaliser[:, None]).exp_(), keys, out=gradient[block])
+                gradient[block].sub_(keys[block]).div_(len(queries) * temperature)
+        ctx.save_for_backward(gradient)
+        return loss / len(queries)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None

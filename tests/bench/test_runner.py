@@ -1,0 +1,253 @@
+"""The harness and the runner over cases made for the purpose: what becomes of a candidate, of an interruption, of a
+process that ends."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lfcc_kernels.bench import cases as suites
+from lfcc_kernels.bench import machine, record, runner
+from lfcc_kernels.bench.cases import Case, Converting, Step
+from lfcc_kernels.bench.harness import Contest
+from lfcc_kernels.bench.record import BASELINE, NOT_REACHED, Request, Row
+
+REQUEST = Request(["lowpass"], "cpu", "tiny")
+SIDE = 64
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def not_installed(x: Tensor) -> Tensor:
+    raise ImportError("no package of that name")
+
+
+def not_here(x: Tensor) -> Tensor:
+    raise NotImplementedError("it needs an NVIDIA GPU")
+
+
+def broken(x: Tensor) -> Tensor:
+    raise ZeroDivisionError("division by zero")
+
+
+def inputs() -> tuple[Tensor]:
+    return (torch.randn(SIDE, SIDE, requires_grad=True),)
+
+
+def case(label: str = "made-up", **fields) -> Case:
+    candidates = {"ours": double, "eager": lambda x: x + x}
+    made = Case(
+        "lowpass", label, (SIDE, SIDE), "fwd+bwd", inputs, candidates, (Step(bytes=4 * SIDE * SIDE),), "X bytes"
+    )
+    return replace(made, **fields)
+
+
+@pytest.fixture(autouse=True)
+def three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.HERE, "rounds", lambda seconds: 3, raising=False)
+
+
+def compete(made: Case) -> dict[str, Row]:
+    contest = Contest(made, REQUEST)
+    contest.play()
+    return {row.candidate: row for row in contest.rows(contest.peaks())}
+
+
+def test_what_becomes_of_a_candidate() -> None:
+    others = {
+        "off": lambda x: 2.01 * x,
+        "wrong gradient": lambda x: 2 * x.detach() + 0 * x,
+        "absent": not_installed,
+        "elsewhere": not_here,
+        "broken": broken,
+    }
+    rows = compete(case(candidates=case().candidates | others))
+    assert {name: row.status for name, row in rows.items()} == {
+        "ours": "ok", "eager": "ok", "off": "wrong", "wrong gradient": "wrong", "absent": "skipped",
+        "elsewhere": "skipped", "broken": "failed",
+    }  # fmt: skip
+    assert rows["off"].error == pytest.approx(0.005, rel=1e-3)
+    assert rows["ours"].error == 0 and rows["ours"].reference == "float64"
+    assert "an NVIDIA GPU" in rows["elsewhere"].note and "division by zero" in rows["broken"].note
+    for row in rows.values():
+        assert (row.median_ms is not None) == (row.rounds == 3) == (row.status == "ok")
+    timed = rows["ours"]
+    assert 0 < timed.q20_ms <= timed.median_ms <= timed.q80_ms
+    assert timed.speedup_over_eager == pytest.approx(rows["eager"].median_ms / timed.median_ms)
+
+
+def test_floor_is_counted_at_the_ceilings_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.HERE, "copy_gbps", lambda: 2.0)
+    monkeypatch.setattr(machine.HERE, "gemm_gflops", lambda dtype: 4.0)
+    monkeypatch.setattr(machine.HERE, "seconds", lambda call, *_: (call(), 0.5)[1])
+    steps = (Step(bytes=int(1e8), flops=int(1e8)), Step(flops=int(4e8)))  # 0.05 s and 0.025 s; 0.1 s
+    assert compete(case(steps=steps))["ours"].fraction_of_floor == pytest.approx((0.05 + 0.1) / 0.5)
+
+
+def test_a_conversion_is_timed_by_itself() -> None:
+    seen: list[torch.dtype] = []
+
+    def raised(x: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return 2 * x
+
+    half = case(
+        candidates=case().candidates | {"raised": Converting(raised, lambda x: x.float(), "float32")},
+        inputs=lambda: (torch.randn(SIDE, SIDE).bfloat16().requires_grad_(),),
+        dtype=torch.bfloat16,
+    )
+    rows = compete(half)
+    assert rows["raised"].status == "ok" and set(seen) == {torch.float32}
+    assert rows["raised"].conversion == "float32" and rows["raised"].conversion_ms > 0
+    assert rows["ours"].conversion == "" and rows["ours"].conversion_ms is None
+
+
+def test_the_share_of_a_step_is_what_the_loss_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = {"ours": 4.0, "eager": 8.0, "baseline": 3.0}
+
+    def costing(name: str) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            clock.append(cost[name])
+            return 2 * x
+
+        return call
+
+    clock: list[float] = []
+    monkeypatch.setattr(machine.HERE, "seconds", lambda call, *_: (call(), clock[-1])[1])
+    step = case(candidates={name: costing(name) for name in ("ours", "eager")}, baseline=costing("baseline"), steps=())
+    rows = compete(step)
+    assert rows["ours"].share_of_step == pytest.approx(1 / 4)
+    assert rows["eager"].share_of_step == pytest.approx(5 / 8)
+    assert rows[BASELINE].share_of_step == 0 and rows[BASELINE].error is None
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A record of three cases, the second of which is interrupted the first time."""
+    calls = iter([KeyboardInterrupt])
+
+    def interrupted(x: Tensor) -> Tensor:
+        if error := next(calls, None):
+            raise error
+        return 2 * x
+
+    made = [case("one"), case("two", candidates={"ours": interrupted, "eager": double}), case("three")]
+    monkeypatch.setitem(suites.SUITES, "lowpass", lambda tiny, dtype: made)
+    path = tmp_path / "record.json"
+    record.save(path, runner.start(REQUEST))
+    return path
+
+
+def notes(path: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in record.rows(record.load(path)):
+        found.setdefault(row.label, []).append(row.note)
+    return found
+
+
+def test_an_interruption_keeps_what_there_is(begun: Path) -> None:
+    assert notes(begun) == {label: [NOT_REACHED] for label in ("one", "two", "three")}
+    assert runner.work(begun, time.time() + 60) == 130
+    assert notes(begun) == {"one": ["", "", ""], "two": [NOT_REACHED], "three": [NOT_REACHED]}
+    kept = [row for row in record.rows(record.load(begun)) if row.label == "one"]
+    record.save(begun, runner.again(record.load(begun)))
+    assert runner.work(begun, time.time() + 60) == 0
+    rows = record.rows(record.load(begun))
+    assert [row for row in rows if row.label == "one"] == kept
+    assert all(row.status == "ok" for row in rows) and len({row.label for row in rows}) == 3
+    with pytest.raises(ValueError, match="complete"):
+        runner.again(record.load(begun))
+
+
+def test_a_limit_leaves_the_rest(begun: Path) -> None:
+    assert runner.work(begun, time.time() - 1) == 0
+    assert notes(begun) == {label: [NOT_REACHED] for label in ("one", "two", "three")}
+
+
+def test_a_case_that_ended_its_process_is_done_again_on_request_alone(begun: Path) -> None:
+    results = record.load(begun)
+    rows = [
+        replace(row, status="failed", note=runner.ENDED) if row.label == "two" else row for row in record.rows(results)
+    ]
+    record.put(results, "default", {}, rows)
+    record.save(begun, results)
+    assert runner.work(begun, time.time() + 60) == 0
+    assert notes(begun)["two"] == [runner.ENDED]
+    assert [row.note for row in record.rows(runner.again(results)) if row.label == "two"] == [NOT_REACHED]
+
+
+@pytest.mark.parametrize("key", ["device", "torch", "commit"])
+def test_a_record_goes_on_where_it_was_begun(begun: Path, key: str) -> None:
+    results = record.load(begun)
+    results["runs"]["default"]["environment"] = machine.HERE.environment() | {key: "another"}
+    with pytest.raises(ValueError, match=f"begun with {key} another"):
+        runner.again(results)
+
+
+def test_no_case_of_that_name(begun: Path) -> None:
+    with pytest.raises(ValueError, match="no case has fourth in its name"):
+        runner.start(replace(REQUEST, words=["fourth"]))
+
+
+def test_the_csv_file_says_what_the_json_file_says(begun: Path) -> None:
+    runner.work(begun, time.time() + 60)
+    results = record.load(begun)
+    lines = list(csv.DictReader(begun.with_suffix(".csv").open()))
+    assert len(lines) == len(record.rows(results))
+    for line, row in zip(lines, record.rows(results), strict=True):
+        assert line["case"] == row.case and line["candidate"] == row.candidate and line["shape"] == f"{SIDE}x{SIDE}"
+        assert float(line["median_ms"] or 0) == (row.median_ms or 0)
+        assert line["torch"] == torch.__version__
+        assert line["device"] == results["runs"]["default"]["environment"].get("device", "")
+
+
+def bench(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    root = Path(record.__file__).parents[2]
+    variables = {**os.environ, "PYTHONPATH": str(root), "LFCC_BENCH_SIZE": "tiny", **environment}
+    command = [sys.executable, "-m", "lfcc_kernels.cli", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    ended = bench("overhead", "lowpass", "-k", "overhead-lowpass", "7x7", "-o", "record.json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    rows = record.rows(record.load(tmp_path / "record.json"))
+    assert {row.suite for row in rows} == {"overhead", "lowpass"} and all(row.ours or row.backend == "" for row in rows)
+    assert all(row.status == "ok" for row in rows if row.ours)
+    assert (tmp_path / "record.csv").exists() and "Losing cases, worst first" in (tmp_path / "record.md").read_text()
+    again = bench("--resume", "record.json", cwd=tmp_path)
+    assert again.returncode == 1 and "complete" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lowpas"], "no suite lowpas; there are overhead, lowpass"),
+        (["--backend", "cuDNN"], "'cuDNN' is not available"),
+        (["-k", "nothing"], "no case has nothing in its name"),
+        (["--resume"], "no unfinished record"),
+        (["--resume", "notes.json"], "notes.json is no record"),
+        (["--compare", "notes.json", "notes.json"], "notes.json is no record"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "notes.json").write_text(json.dumps({"notes": []}))
+    ended = bench(*arguments, cwd=tmp_path)
+    assert ended.returncode == 1 and ended.stderr.startswith("lfcc: error: ") and said in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path: Path) -> None:
+    assert "sees no NVIDIA GPU" in bench("--device", "cuda", cwd=tmp_path).stderr
