@@ -13,6 +13,7 @@ import torch._dynamo.testing
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
+from lfcc_kernels import info
 from lfcc_kernels.backends import cuda, native, triton
 from lfcc_kernels.ops import dispatch
 
@@ -268,6 +269,14 @@ def test_an_exported_graph_is_for_all_sizes(measured: Callable[..., None], stric
         for size in (2, 20):
             x = randn(size, 3, 5, 7)
             torch.testing.assert_close(program.module()(x), lk.lowpass(x))
+
+
+def test_info_names_the_records_behind_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LFCC_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": [{"record": "a.json"}] * 2, "sm_90": [{"record": "b.json"}]})
+    assert "auto: by table (on cpu a.json; on sm_90 b.json), else the first of cpu" in info.report()
+    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": []})
+    assert "auto: the first of cpu" in info.report()
 
 
 def test_available_are_those_that_lack_nothing(with_all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def main(paths: Sequence[str | Path], output: str | Path | None = None) -> None:
         before = "as before" if old == lines else f"was {'; '.join(map(_words, old)) or 'the fixed order'}"
         print(f"{device} {op} {dtype}: {'; '.join(map(_words, lines))} ({before})")
     with replace_file(output) as file:
-        file.write(f"{json.dumps(table, indent=1, sort_keys=True, allow_nan=False)}\n".encode())
+        file.write(f"{json.dumps(dict(sorted(table.items())), indent=1, allow_nan=False)}\n".encode())
     print(f"written to {output}")
 
 
