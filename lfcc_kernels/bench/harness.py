@@ -72,8 +72,8 @@ class Contest:
             self.run_ours()
 
     def run_peers(self) -> None:
-        """Run every peer whose turn it is, and in every round, or in ten of them, measure the ceilings."""
-        if self.case.steps and self._round % math.ceil(self.rounds / 10) == 0:
+        """Run every peer whose turn it is, and measure the ceilings in every round, or in five of them."""
+        if self.case.steps and self._round % math.ceil(self.rounds / 5) == 0:
             self._copy_gbps.append(machine.HERE.copy_gbps())
             self._gemm_gflops.append(machine.HERE.gemm_gflops(self.case.dtype))
         peers = [entry for entry in self._alive() if entry is not self.ours]
@@ -170,7 +170,7 @@ class Contest:
         return self._expected(upstream)
 
     def _plan(self) -> None:
-        """Rounds for the time there is; a peer ten times slower than the fastest runs in every other one."""
+        """Rounds for the time there is; peers over ten, or thirty times slower run in a half, or a quarter of them."""
         for entry in self._alive():
             with _attempt(entry):
                 entry.head_start = machine.HERE.host_seconds(partial(self._step, entry))
@@ -182,7 +182,8 @@ class Contest:
         a_round = 0.0
         for name, seconds in estimates.items():
             entry = self.entries[name]
-            entry.every = 2 if seconds > 10 * min(estimates.values()) else 1
+            slowness = seconds / min(estimates.values())
+            entry.every = 4 if slowness > 30 else 2 if slowness > 10 else 1
             calls = len(self._captured) if entry.replay else self.case.calls
             a_round += (seconds * calls + entry.head_start) / entry.every
         self.rounds = machine.HERE.rounds(a_round) if a_round else 0

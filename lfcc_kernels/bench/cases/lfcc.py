@@ -2,7 +2,7 @@
 
 With average filters "eager" aligns the student's map with a 1 x 1 convolution and then pools, as distillation code is
 mostly written; "eager, pooled first" has our order, which gives the same loss for a fraction of the products. With
-filters that learn, "eager" has our order, and "eager, aligned first" is the other one.
+filters that learn, "eager" has our order.
 
 Counted in two steps, pooling in bytes (S and T of student and teacher features, Y of the pyramids) and then
 projection and contrast in FLOPs, both in the dtype of the features.
@@ -14,7 +14,6 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import lfcc_kernels as lk
 from lfcc_kernels.bench import machine, peers
@@ -116,8 +115,6 @@ def _case(
 
     if not learnable:
         eager = {"eager": peers.lfcc_project_maps, "eager, pooled first": peers.lfcc_pool_each_scale}
-    elif student.layout == "nchw":
-        eager = {"eager": peers.lfcc_filter_each_scale, "eager, aligned first": _align_then_filter}
     else:
         eager = {"eager": peers.lfcc_filter_each_scale}
     eager |= compiled(eager) if compile else {}
@@ -145,25 +142,6 @@ def _maps(model: Model, features: Sequence[Tensor]) -> list[Tensor]:
         peers.as_map(tokens, (grid, grid), model.prefix_tokens)
         for tokens, grid in zip(features, model.grids, strict=True)
     ]
-
-
-def _align_then_filter(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    filters: Sequence[tuple[Tensor, Tensor]],
-    scales: Sequence[int],
-    temperature: float,
-) -> Tensor:
-    """The whole loss with trainable student filters behind a 1 x 1 convolution of the student's map."""
-    losses = []
-    for student, teacher, weight, (rows, cols) in zip(student_maps, teacher_maps, projections, filters, strict=True):
-        aligned = F.conv2d(student, weight[:, :, None, None].to(student.dtype))
-        for row, col, scale in zip(rows.split(scales), cols.split(scales), scales, strict=True):
-            grid = row.to(aligned.dtype) @ aligned @ col.t().to(aligned.dtype)
-            keys = F.adaptive_avg_pool2d(teacher, scale)
-            losses.append(peers.contrast_dense(grid.flatten(1), keys.flatten(1), temperature))
-    return torch.stack(losses).mean()
 
 
 def _cost(
