@@ -50,7 +50,7 @@ gpu: ## build, test and measure on an NVIDIA GPU with the packages of PYTHON: to
 	echo "== building"; $(PYTHON) setup.py --quiet build_ext --inplace || failed="$$failed build"; \
 	echo "== tests, in $(SHARDS) processes"; mkdir -p build; rm -f build/gpu-tests-*; \
 	for n in $$(seq $(SHARDS)); do (LFCC_TEST_SHARD=$$n/$(SHARDS) timeout -s INT -k 20 240 $(PYTHON) -m pytest -m gpu \
-		--tb=short --ignore tests/distill --ignore tests/offline tests > build/gpu-tests-$$n.log 2>&1 && mv build/gpu-tests-$$n.log build/gpu-tests-$$n.passed) & done; wait; \
+		--tb=short --ignore tests/distill --ignore tests/bench --ignore tests/offline tests > build/gpu-tests-$$n.log 2>&1 && mv build/gpu-tests-$$n.log build/gpu-tests-$$n.passed) & done; wait; \
 	tail -q -n 1 build/gpu-tests-*.passed; \
 	if ls build/gpu-tests-*.log > /dev/null 2>&1; then tail -n 60 build/gpu-tests-*.log; failed="$$failed tests"; fi; \
 	sanitizer=$$(PATH=$$PATH:$(CUDA_HOME)/bin command -v compute-sanitizer) || echo "== compute-sanitizer is not installed"; \
