@@ -17,6 +17,7 @@ from lfcc_kernels.bench.cases import Candidate, Case, Converting, serving
 from lfcc_kernels.bench.record import BASELINE, Request, Row
 
 Inputs = tuple[Tensor, ...]
+SKIPPED = (ImportError, NotImplementedError)  # what a candidate raises that cannot run here
 
 
 @dataclass
@@ -242,7 +243,7 @@ def _attempt(entry: Entry) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        entry.status = "skipped" if isinstance(error, ImportError | NotImplementedError) else "failed"
+        entry.status = "skipped" if isinstance(error, SKIPPED) else "failed"
         entry.note = reason(error)
         entry.seconds, entry.fractions, entry.conversions = [], [], []
 
@@ -279,8 +280,9 @@ def _leaves(inputs: Inputs, convert: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def reason(error: Exception) -> str:
-    """The error in a line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    """The error in a line; of a candidate that is skipped its message alone."""
+    kind = "" if isinstance(error, SKIPPED) else f"{type(error).__name__}: "
+    return f"{kind}{error}".partition("\n")[0][:200]
 
 
 def _copies(case: Case, inputs: Sequence[Tensor]) -> int:

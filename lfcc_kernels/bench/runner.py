@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lfcc_kernels.bench import machine, record
 from lfcc_kernels.bench.cases import Case, choose
-from lfcc_kernels.bench.harness import Contest, about, reason
+from lfcc_kernels.bench.harness import SKIPPED, Contest, about, reason
 from lfcc_kernels.bench.record import NOT_REACHED, Request, Row
 
 ENDED = "the process ended in this case"
@@ -144,7 +144,7 @@ def _measure(case: Case, request: Request) -> list[Row]:
         contest = Contest(case, request)
         contest.play()
         return contest.rows(contest.peaks())
-    except NotImplementedError as error:
+    except SKIPPED as error:
         return [_left_out(case, "skipped", reason(error))]
     except Exception as error:  # not of a candidate, so there is nothing to compare with
         traceback.print_exc()
