@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lfcc_kernels.files import replace_file
+
 if TYPE_CHECKING:
     from lfcc_kernels.bench.record import Request
 
@@ -21,6 +23,8 @@ def bench(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if unknown := [suite for suite in args.suite if suite not in SUITES]:
         raise ValueError(f"bench: no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    if args.resume and any((args.suite, args.quick, args.dtype, args.backend, args.peer, args.words, args.output)):
+        raise ValueError("bench --resume measures what its record was asked for; leave out all but --minutes")
     if args.tune:
         from lfcc_kernels.backends.triton.tuning import tune
 
@@ -97,7 +101,8 @@ def _measure(args: argparse.Namespace) -> int:
         print(f"interrupted; lfcc bench --resume {path} goes on", file=sys.stderr)
         return 130
     finally:
-        path.with_suffix(".md").write_text(tables.markdown(record.load(path)) + "\n")
+        with replace_file(path.with_suffix(".md")) as file:
+            file.write(f"{tables.markdown(record.load(path))}\n".encode())
     rows = record.rows(record.load(path))
     left = sum(row.note == record.NOT_REACHED for row in rows)
     print(f"tables: {path.with_suffix('.md')}; lfcc report {path} draws pages")

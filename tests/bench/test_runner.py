@@ -238,6 +238,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["-k", "nothing"], "no case has nothing in its name"),
         (["--resume"], "no unfinished record"),
         (["--resume", "notes.json"], "notes.json is no record"),
+        (["--resume", "notes.json", "--dtype", "bfloat16"], "leave out all but --minutes"),
         (["--compare", "notes.json", "notes.json"], "notes.json is no record"),
     ],
 )
