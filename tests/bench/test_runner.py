@@ -212,6 +212,17 @@ def test_the_csv_file_says_what_the_json_file_says(begun: Path) -> None:
         assert line["device"] == results["runs"]["default"]["environment"].get("device", "")
 
 
+def test_peak_memory_in_a_process_of_its_own() -> None:
+    request = replace(REQUEST, suites=["info_nce", "lowpass"], size="full")
+    matrix = 4 * 1024**2
+    both = dict.fromkeys(("ours", "eager"))
+    peaks = machine.HERE.peak_memory(request, "info_nce-one-way-1024x512-float32-fwd+bwd", both)
+    assert peaks["eager"] > 2 * matrix  # the products and their softmax
+    assert 2 * peaks["ours"] < peaks["eager"]
+    not_scalar = machine.HERE.peak_memory(request, "lowpass-nchw-64x256x14x14-float32-fwd+bwd", {"ours": None})
+    assert not_scalar.keys() == {"ours"}
+
+
 def bench(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     root = Path(record.__file__).parents[2]
     variables = {**os.environ, "PYTHONPATH": str(root), "LFCC_BENCH_SIZE": "tiny", **environment}

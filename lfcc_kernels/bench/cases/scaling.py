@@ -33,7 +33,7 @@ def cases(tiny: bool, dtype: torch.dtype | None) -> list[Case]:
         rows_against_dims, sides, maps, rows_a_rank = 512, (7, 14, 28, 56), 32, 512
     numbers = range(1, len(MANY_SCALES) + 1)
     return [
-        *(_contrast("over-B", (b, 512), tiny, dtype, axis="B", x=b, memory=True) for b in batches),
+        *(_contrast("over-B", (b, 512), tiny, dtype, axis="B", x=b) for b in batches),
         *(_contrast("over-D", (rows_against_dims, d), tiny, dtype, axis="D", x=d) for d in dims),
         *(_whole_loss(b, tiny, dtype) for b in whole_batches),
         *(_lowpass("over-HW", (maps, 256, s, s), SCALES, tiny, dtype, axis="H*W", x=s**2) for s in sides),
@@ -65,6 +65,7 @@ def _contrast(label: str, shape: tuple[int, int], tiny: bool, dtype: torch.dtype
         dtype=dtype,
         op="info_nce",
         size=pairs,
+        memory=True,
         heaps=False,
         **options,
     )
@@ -106,6 +107,7 @@ def _lowpass(
         dtype=dtype,
         op="lowpass",
         size=math.prod(whole),
+        memory=True,
         heaps=False,
         **options,
     )
@@ -138,6 +140,7 @@ def _across_ranks(number: int, shape: tuple[int, int], tiny: bool, dtype: torch.
         dtype=dtype,
         axis="ranks",
         x=number,
+        memory=True,
         heaps=False,
         world=world,
         close=world.close,
