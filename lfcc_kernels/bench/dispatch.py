@@ -74,7 +74,7 @@ def lines_of(path: str | Path) -> dict[tuple[str, str, str], list[dict]]:
     for run in (results["runs"][name] for name in RUNS if name in results["runs"]):
         capability = run["environment"].get("capability")
         device = f"sm_{capability.replace('.', '')}" if capability else "cpu"
-        for (op, dtype), group in _groups([Row(**row) for row in run["rows"]]).items():
+        for (op, dtype), group in _groups(record.rows_of(run)).items():
             if rule := best_rule(op, group):
                 lines[device, op, dtype] = _lines(op, dtype, rule, group, _name(path))
     return lines

@@ -130,7 +130,12 @@ def request(results: dict) -> Request:
 
 def rows(results: dict) -> list[Row]:
     """The rows of all runs."""
-    return [Row(**row) for run in results["runs"].values() for row in run["rows"]]
+    return [row for run in results["runs"].values() for row in rows_of(run)]
+
+
+def rows_of(run: dict) -> list[Row]:
+    """The rows of one run."""
+    return [Row(**row) for row in run["rows"]]
 
 
 def csv_path(path: Path) -> Path:

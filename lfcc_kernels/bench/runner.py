@@ -62,7 +62,8 @@ def again(results: dict) -> dict:
                     f"the record was begun with {key} {run['environment'][key]}, here it is {now[key]}; "
                     "measure a new one without --resume"
                 )
-        rows = [replace(row, status="skipped", note=NOT_REACHED) if row.note == ENDED else row for row in _rows(run)]
+        old = record.rows_of(run)
+        rows = [replace(row, status="skipped", note=NOT_REACHED) if row.note == ENDED else row for row in old]
         left += sum(row.note == NOT_REACHED for row in rows)
         record.put(results, name, run["environment"], rows)
     if not left:
@@ -82,7 +83,7 @@ def measure(path: Path, minutes: float) -> bool:
 def _measure_run(path: Path, run: str, environment: dict[str, str], deadline: float) -> None:
     command = [sys.executable, "-m", "lfcc_kernels.bench.runner", str(path), str(deadline)]
     before = None
-    while left := sum(row.note == NOT_REACHED for row in _rows(record.load(path)["runs"][run])):
+    while left := sum(row.note == NOT_REACHED for row in record.rows_of(record.load(path)["runs"][run])):
         if left == before or time.time() > deadline:
             break
         before = left
@@ -105,7 +106,7 @@ def work(path: Path, deadline: float) -> int:
     results = record.load(path)
     request, before = record.request(results), results["runs"][machine.HERE.run]
     environment = before["environment"] or machine.HERE.environment()
-    old = _rows(before)
+    old = record.rows_of(before)
     rows: dict[str, list[Row]] = {}
     for row in old:
         rows.setdefault(row.case, []).append(row)
@@ -151,10 +152,6 @@ def _measure(case: Case, request: Request) -> list[Row]:
         return [_left_out(case, "failed", reason(error))]
     finally:
         case.close()
-
-
-def _rows(run: dict) -> list[Row]:
-    return [Row(**row) for row in run["rows"]]
 
 
 def _without(case: Case, names: Container[str]) -> Case:

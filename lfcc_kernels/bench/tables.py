@@ -57,7 +57,7 @@ def facts(results: dict) -> list[str]:
     sizes = {"quick": " A quick run, of few cases.", "tiny": " Tiny shapes, a smoke test: the times mean nothing."}
     size = sizes.get(record.request(results).size, "")
     return [
-        f"{_run_name(name)}: {_fact(name, run['environment'], record.rows({'runs': {name: run}}))}{size}"
+        f"{_run_name(name)}: {_fact(name, run['environment'], record.rows_of(run))}{size}"
         for name, run in results["runs"].items()
     ]
 

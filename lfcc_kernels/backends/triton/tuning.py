@@ -6,7 +6,6 @@ It needs no part of Triton to say that it cannot run. A table is written whole a
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 import lfcc_kernels
 from lfcc_kernels.backends.triton import INTERPRET, missing
+from lfcc_kernels.files import replace_file
 from lfcc_kernels.info import commit
 
 Tune = Callable[[], tuple[dict[str, Any], list[str]]]
@@ -55,7 +55,8 @@ def write_table(path: Path, architecture: int, tune: Tune, source: str) -> None:
             raise ValueError(f"bench --tune: no kernel could be measured, {path} is as it was")
         source += f"; not measured: {', '.join(kept)}" if kept else ""
         table |= {"architecture": architecture, "source": source}
-        _replace(path, json.dumps(table, indent=1) + "\n")
+        with replace_file(path) as file:
+            file.write(f"{json.dumps(table, indent=1)}\n".encode())
     except KeyboardInterrupt:
         say(f"interrupted, {path} is as it was")
         raise
@@ -65,14 +66,6 @@ def write_table(path: Path, architecture: int, tune: Tune, source: str) -> None:
 def say(line: str) -> None:
     """Progress, beside the output."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is never there in part."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tune-") as folder:
-        whole = Path(folder) / path.name
-        whole.write_text(text)
-        os.replace(whole, path)
 
 
 def _source() -> str:
