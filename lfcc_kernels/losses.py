@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lfcc_kernels.distributed import contrast_across_ranks, resolve_group
+from lfcc_kernels.distributed import RowsOfAllRanks, contrast_across_ranks, resolve_group
 from lfcc_kernels.filters import BANKS
 from lfcc_kernels.functional import DIRECTIONS, check_scales, info_nce, info_nce_group, lowpass, lowpass_group, map_size
 
@@ -81,14 +81,14 @@ class InfoNCELoss(nn.Module):
             raise ValueError(f"InfoNCELoss: gather is {gather!r}; expected 'auto', 'none' or a ProcessGroup")
         self.direction, self.gather = direction, gather
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))  # FSDP takes no 0-d parameter
         else:
             self._temperature = temperature
 
     @property
     def temperature(self) -> float | Tensor:
         """The temperature as `info_nce` takes it: a float, or a 0-d tensor where it learns."""
-        return self.log_temperature.float().exp() if hasattr(self, "log_temperature") else self._temperature
+        return self.log_temperature.float().exp().squeeze(0) if hasattr(self, "log_temperature") else self._temperature
 
     def forward(
         self,
@@ -101,9 +101,8 @@ class InfoNCELoss(nn.Module):
         """Rows (B, D) of student and teacher, row i of one the positive of row i of the other -> scalar loss."""
         group = resolve_group(self.gather)
         if group is not None:
-            return contrast_across_ranks(
-                student, teacher, self.temperature, self.direction, student_ids, teacher_ids, group
-            )
+            options = self.temperature, self.direction, student_ids, teacher_ids, group
+            return contrast_across_ranks([student], [teacher], *options).squeeze(0)
         return info_nce(
             student,
             teacher,
@@ -113,15 +112,28 @@ class InfoNCELoss(nn.Module):
             teacher_ids=teacher_ids,
         )
 
-    def of_pairs(self, students: Sequence[Tensor], teachers: Sequence[Tensor], ids: Tensor | None = None) -> Tensor:
-        """The loss of every pair of a list, (pairs,); `ids` are those of the images, the same on both sides."""
-        if resolve_group(self.gather) is not None:
-            pairs = zip(students, teachers, strict=True)
-            return torch.stack([self(*pair, student_ids=ids, teacher_ids=ids) for pair in pairs])
+    def of_pairs(
+        self,
+        students: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        ids: Tensor | None = None,
+        *,
+        temperature: Tensor | None = None,
+        keys: tuple[Sequence[Tensor], Tensor | None] | None = None,
+    ) -> Tensor:
+        """The loss of every pair of a list, (pairs,); `ids` are those of the images, the same on both sides.
+
+        `temperature` in place of the module's own; `keys`, the teachers' rows and ids of all ranks where they were
+        gathered before.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        group = resolve_group(self.gather)
+        if group is not None:
+            return contrast_across_ranks(students, teachers, temperature, self.direction, ids, ids, group, keys)
         return info_nce_group(
             students,
             teachers,
-            temperature=self.temperature,
+            temperature=temperature,
             direction=self.direction,
             student_ids=ids,
             teacher_ids=ids,
@@ -197,7 +209,10 @@ class LFCCLoss(nn.Module):
 
         `ids` (B,), integers: images with equal ids are no negatives of each other.
         """
-        return self.contrast(self.student_pyramids(student_features), self.teacher_pyramids(teacher_features), ids)
+        teachers = self.teacher_pyramids(teacher_features)
+        travelling = self.start_gather(teachers, ids)
+        students = self.student_pyramids(student_features)
+        return self.contrast(students, teachers, ids, keys=travelling and travelling.wait())
 
     def student_pyramids(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Low-passed and projected features, (B, cells, C_t) float32 (float64 for float64) a stage."""
@@ -216,33 +231,55 @@ class LFCCLoss(nn.Module):
         self._check_stages("teacher", features)
         return self._low_pass(features, [self.teacher_filter] * len(features), self._teacher_tokens)
 
+    def start_gather(self, teacher_pyramids: Sequence[Tensor], ids: Tensor | None = None) -> RowsOfAllRanks | None:
+        """Send the teacher's pyramids to all ranks; `contrast` takes what `wait` of the result returns as its keys.
+
+        Called before the student's forward pass, they travel during it. None where `contrast` needs no pyramids but
+        this rank's. Raises ValueError, on every rank, where the ranks' batches differ in size.
+        """
+        group = resolve_group(self.info_nce.gather)
+        if group is None or self.info_nce.direction == "teacher_to_student":
+            return None
+        return RowsOfAllRanks([pyramid.detach() for pyramid in teacher_pyramids], ids, group)
+
     def contrast(
         self,
         student_pyramids: Sequence[Tensor],
         teacher_pyramids: Sequence[Tensor],
         ids: Tensor | None = None,
+        *,
+        keys: tuple[Sequence[Tensor], Tensor | None] | None = None,
+        temperature: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Tensor]]:
-        """The loss of pyramids (B, cells, C_t), one a stage, as the two methods above return them."""
-        cells = [s * s for s in self.scales]
+        """The loss of pyramids (B, cells, C_t), one a stage, as the methods above return them.
+
+        `keys`: pyramids and ids of all ranks, where `start_gather` sent these; else they are gathered here.
+        `temperature` (0-d) is taken in place of the module's own.
+        """
         if len(student_pyramids) != len(teacher_pyramids):
             raise ValueError(
                 f"LFCCLoss: {len(student_pyramids)} student and {len(teacher_pyramids)} teacher pyramids; "
                 "expected the same number, one a stage"
             )
-        queries, keys = [], []
         for stage, (student, teacher) in enumerate(zip(student_pyramids, teacher_pyramids, strict=True)):
             if len(student) != len(teacher):
                 raise ValueError(
                     f"LFCCLoss: stage {stage} has {len(student)} student rows and {len(teacher)} teacher rows; "
                     "both sides must come from the same images"
                 )
-            queries += [grid.flatten(1) for grid in student.split(cells, 1)]
-            keys += [grid.flatten(1) for grid in teacher.detach().to(student.dtype).split(cells, 1)]
-        losses = self.info_nce.of_pairs(queries, keys, ids)
+        queries, dtype = self._rows(student_pyramids), student_pyramids[0].dtype
+        teachers = self._rows([pyramid.detach().to(dtype) for pyramid in teacher_pyramids])
+        keys = keys and (self._rows(keys[0]), keys[1])
+        losses = self.info_nce.of_pairs(queries, teachers, ids, temperature=temperature, keys=keys)
         if not self.return_parts:
             return losses.mean()
         places = [(stage, scale) for stage in range(len(student_pyramids)) for scale in self.scales]
         return losses.mean(), dict(zip(places, losses.unbind(), strict=True))
+
+    def _rows(self, pyramids: Sequence[Tensor]) -> list[Tensor]:
+        """The rows (B, s * s * C_t) of every stage and scale."""
+        cells = [s * s for s in self.scales]
+        return [grid.flatten(1) for pyramid in pyramids for grid in pyramid.split(cells, 1)]
 
     def _low_pass(
         self, features: Sequence[Tensor], pyramids: Sequence[LowPassPyramid], of_tokens: dict[str, Any]

@@ -33,7 +33,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lfcc distill",
         usage="%(prog)s --student MODEL --teacher MODEL --data-dir DIR [option ...]",
-        description="Train a student with labels, a teacher's logits and its low-frequency features.",
+        description="Train a student with labels, a teacher's logits and its low-frequency features; started by "
+        "torchrun, on as many GPUs as it has processes.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
@@ -43,24 +44,39 @@ def create_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
-        choices=("folder", "cifar10", "fashion-mnist", "digits"),
         default="folder",
-        help="kind of data",
+        metavar="NAME",
+        help="folder, tar, cifar10, fashion-mnist, digits, or a timm name as torch/cifar100, hfds/NAME, wds/NAME",
     )
     add("--data-dir", default="data", metavar="DIR", help="where the data is")
-    add("-b", "--batch-size", type=_count, default=128, metavar="N", help="images in an update")
+    add("--train-split", metavar="NAME", help="for timm names; train if not given")
+    add("--val-split", metavar="NAME", help="for timm names; validation if not given")
+    add("--num-classes", type=_count, metavar="N", help="where the data set does not tell")
+    add("--input-key", metavar="KEY", help="of the images in shards and Hugging Face data sets")
+    add("--target-key", metavar="KEY", help="of the labels there")
+    add("-b", "--batch-size", type=_count, default=128, metavar="N", help="images of a process in a batch")
     add("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images")
     add("--img-size", type=_count, metavar="PX", help="side of the images; the student's own if not given")
+    add("--crop-pct", type=float, metavar="X", help="part of a validation image that is looked at")
+
+    add = parser.add_argument_group("augmentation").add_argument
     add("--aug", action=flag, default=True, help="augment the training images")
     add("--scale", type=float, nargs=2, default=(0.08, 1.0), metavar="AREA", help="area of the random crops")
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--color-jitter", type=float, default=0.4, metavar="X", help="strength of the color jitter")
     add("--aa", metavar="POLICY", help="timm's auto-augment policy, such as rand-m9-mstd0.5")
+    add("--reprob", type=float, default=0.0, metavar="P", help="probability of random erasing")
+    add("--mixup", type=float, default=0.0, metavar="A", help="mixup alpha; 0 leaves it out")
+    add("--cutmix", type=float, default=0.0, metavar="A", help="cutmix alpha; 0 leaves it out")
+    add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability that a batch is mixed")
+    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="that it is by cutmix, where both are on")
+    add("--smoothing", type=float, default=0.0, metavar="X", help="label smoothing")
 
     add = parser.add_argument_group("models", "timm names; `lfcc inspect MODEL` lists the taps").add_argument
     add("--student", "--model", metavar="MODEL", help="trained from scratch")
     add("--teacher", metavar="MODEL", help="frozen; timm's pretrained weights without --teacher-checkpoint")
     add("--teacher-checkpoint", metavar="FILE", help="the teacher's weights: of timm, or of another run")
+    add("--teacher-cache", metavar="DIR", help="what `lfcc cache` kept of the teacher, which is then not loaded")
     add("--teacher-img-size", type=_count, metavar="PX", help="resize the teacher's images to this side")
     add(
         "--student-taps",
@@ -93,15 +109,23 @@ def create_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=_count, metavar="N", help="passes over the training images")
+    add("--accum-steps", type=_count, metavar="K", help="batches in an update, contrasted as one; costs two passes")
     add("--opt", metavar="NAME", help="an optimizer of timm")
+    add("--momentum", type=float, metavar="X", help="of optimizers that have one")
     add("--lr", type=float, help="learning rate after the warm-up")
     add("--weight-decay", type=float, metavar="X", help="not on biases and norms")
-    add("--sched", choices=("cosine", "none"), help="none keeps --lr throughout")
+    add("--sched", choices=("cosine", "step", "none"), help="none keeps --lr throughout")
     add("--min-lr", type=float, metavar="LR", help="where the cosine ends")
-    add("--warmup-epochs", type=float, metavar="N", help="linear, from a hundredth of --lr")
+    add("--decay-epochs", type=float, metavar="N", help="epochs between two steps of --sched step")
+    add("--decay-rate", type=float, metavar="X", help="factor of such a step")
+    add("--warmup-epochs", type=float, metavar="N", help="linear")
+    add("--warmup-lr", type=float, metavar="LR", help="where the warm-up starts; a hundredth of --lr if not given")
     add("--clip-grad", type=float, metavar="NORM", help="of student, projections and filters together")
     add("--amp", action=flag, help="mixed precision; on a GPU only if not given")
     add("--amp-dtype", choices=("bfloat16", "float16"), help="of mixed precision")
+    add("--channels-last", action=flag, help="keep maps channels-last")
+    add("--torchcompile", action=flag, help="compile student and loss")
+    add("--fsdp", action=flag, help="shard student, optimizer and average over the processes (FSDP2)")
     add("--model-ema", action=flag, help="keep and evaluate a moving average of the student")
     add("--model-ema-decay", type=float, metavar="X", help="approached from 0")
     add("--seed", type=int, default=42, help="of weights, order and augmentation")
@@ -118,6 +142,7 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also save every N updates, not only every epoch",
     )
+    add("--checkpoint-hist", type=_count, metavar="N", help="keep the checkpoints of the N best epochs")
     parser.set_defaults(**asdict(FitSettings()))
     return parser
 

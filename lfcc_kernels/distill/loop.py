@@ -4,85 +4,80 @@
 
 - `distiller`: a `Distiller` on its device, student weights initialised, teacher loaded (or its outputs in the
   batches).
-- `batches`: an object with `len(batches)`, the updates in an epoch, and `batches.epoch(epoch, first)`, an
+- `batches`: an object with `len(batches)`, the batches of an epoch, and `batches.epoch(epoch, first)`, an
   iterator over that epoch's `Batch`es from number `first` on, on the distiller's device. Its order must
   depend on the epoch alone; it may draw from the global generators while it iterates, but not while it skips
-  to `first`. `Batch(images, labels, teacher)`: label -100 marks an unlabelled image; `teacher` is a
-  `TeacherOutputs` from a cache, or None, and then `distiller.teach(images)` is called.
+  to `first`. `Batch(images, labels, teacher, ids)`: label -100 marks an unlabelled image; `teacher` is a
+  `TeacherOutputs` from a cache, or None, and then `distiller.teach(images)` is called. Every rank has its own
+  batches, as many and as large as the others.
 - `evaluate(model) -> float`: the top-1 accuracy in per cent of a classifier, called after every epoch with
-  the bare student and, if there is one, its moving average.
+  the student and, if there is one, its moving average; on every rank, with the same result.
 - `settings`: a `FitSettings`. `run`: a `RunFolder`, for logs and checkpoints.
 - `checkpoint`: what `load_checkpoint` returned, to go on from there. On the CPU that gives the same bits as a
   run that never stopped, also from the middle of an epoch.
 
+Where a process group is initialised, each rank calls `fit`. After SIGTERM it ends the update, saves and raises
+`Terminated`.
+
 It returns the last row of `summary.csv` as a dict: epoch, step, top1, top1_ema (with `model_ema`), best_top1
-(of the averaged student if there is one), the epoch's mean of each term, lr, grad_norm, images_per_second,
-data_share and loss_share (parts of the training time spent waiting for data, and in the loss), seconds
-(training time so far, without evaluation).
+(of the averaged student if there is one), the epoch's mean of each term, lr, grad_norm, images_per_second of
+all ranks, data_share, teacher_share, loss_share and gather_share (parts of the training time: waiting for
+data, in the teacher, in the loss, waiting for other ranks' rows), seconds (training time so far, without
+evaluation).
 """
 
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from .batches import Batch, Batches
 from .checkpoint import TrainingState, save_checkpoint
-from .distiller import Distiller, TeacherOutputs
-from .metrics import StepTimer, Window, means
+from .distiller import Classifier, Distiller
+from .metrics import Window, means
+from .parallel import parallelize, share_buffers
+from .ranks import any_rank, barrier, is_main
 from .run_folder import RunFolder, RunLog
+from .settings import FitSettings
+from .update import update
 
-_SHOWN = ("epoch", "step", "top1", "top1_ema", "loss", "images_per_second", "data_share", "loss_share")
-
-
-class Batch(NamedTuple):
-    """images (B, 3, H, W), labels (B,) int64, -100 where there is none, the teacher's outputs if cached."""
-
-    images: Tensor
-    labels: Tensor
-    teacher: TeacherOutputs | None = None
+_SHOWN = (
+    "epoch", "step", "top1", "top1_ema", "loss", "images_per_second",
+    "data_share", "teacher_share", "loss_share", "gather_share",
+)  # fmt: skip
 
 
-class Batches(Protocol):
-    """A source of training batches; the rules are at the top of this file."""
+class Terminated(SystemExit):
+    """The run was told to end, and saved: its exit code is 143, that of a process that SIGTERM ended."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        super().__init__(143)
+        self.message = f"terminated after update {step}, which {checkpoint} holds: go on with --resume"
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]: ...
 
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How to train. `amp` None means mixed precision on a GPU and float32 on a CPU."""
-
-    epochs: int = 100
-    opt: str = "adamw"
-    lr: float = 5e-4
-    weight_decay: float = 0.05
-    sched: str = "cosine"
-    min_lr: float = 1e-6
-    warmup_epochs: float = 5
-    clip_grad: float | None = None
-    amp: bool | None = None
-    amp_dtype: str = "bfloat16"
-    model_ema: bool = False
-    model_ema_decay: float = 0.9998
-    log_interval: int = 50
-    checkpoint_interval: int | None = None
-
-    def precision(self, device: torch.device) -> torch.dtype:
-        """The dtype of the matrix products and convolutions on `device`."""
-        amp = device.type == "cuda" if self.amp is None else self.amp
-        return getattr(torch, self.amp_dtype) if amp else torch.float32
+@contextmanager
+def terminations() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM only sets what the yielded function returns. Signals reach the main thread alone."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fit(
@@ -101,100 +96,104 @@ def fit(
     run in a folder that is not empty, CheckpointError where `checkpoint` does not fit, FloatingPointError
     when the loss is no longer finite.
     """
-    state = create_training_state(distiller, len(batches), settings)
+    state = create_training_state(distiller, len(batches) // settings.accum_steps, settings)
     if checkpoint is None:
         run.require_empty()
+        barrier()  # before one rank fills it
     else:
         state.load_state_dict(checkpoint)
-    progress = state.progress
-    if progress.batch >= len(batches):
+    progress, updates = state.progress, len(batches) // settings.accum_steps
+    if progress.updates >= updates:
         raise ValueError(
-            f"the checkpoint is {progress.batch} batches into an epoch that now has {len(batches)}: "
+            f"the checkpoint is {progress.updates} updates into an epoch that now has {updates}: "
             "resume with the same data and batch size"
         )
     run.prepare(config or {})
     window = Window(next(distiller.parameters()).device)
 
     def save(path: Path) -> None:
-        save_checkpoint(path, {**state.state_dict(), "config": dict(config or {})})
+        checkpoint = {**state.state_dict(), "config": dict(config or {})}
+        if is_main():
+            save_checkpoint(path, checkpoint)
 
-    with run.log(progress.step) as log, window.timer.watch(distiller.student):
+    distiller.clock = None if settings.torchcompile and settings.fsdp else window.timer.lap
+    with run.log(progress.step) as log, terminations() as terminated:
         while progress.epoch < settings.epochs:
             distiller.train()
             window.timer.restart()
-            for batch in _with_progress_bar(batches, state, settings):
+            for group in _with_progress_bar(batches, state, settings):
                 window.timer.lap("data")
-                window.add(update(state, batch, settings, window.timer), len(batch.images))
-                progress.batch += 1
-                epoch_done = progress.batch == len(batches)
-                checkpoint_due = bool(
+                window.add(update(state, group, settings, window.timer), sum(len(batch.images) for batch in group))
+                progress.updates += 1
+                epoch_done = progress.updates == updates
+                stop = any_rank(terminated())
+                checkpoint_due = stop or bool(
                     settings.checkpoint_interval and progress.step % settings.checkpoint_interval == 0
                 )
                 if epoch_done or checkpoint_due or progress.step % settings.log_interval == 0:
                     _log_window(state, window, log)
                 if checkpoint_due and not epoch_done:
                     save(run.last)
+                    if stop:
+                        raise Terminated(progress.step, run.last)
                 window.timer.restart()
-            if progress.batch != len(batches):
-                raise RuntimeError(f"batches.epoch ended after {progress.batch} of {len(batches)} batches")
-            if _finish_epoch(state, evaluate, log):
-                save(run.best)
+            if progress.updates != updates:
+                raise RuntimeError(f"batches.epoch ended after {progress.updates} of {updates} updates")
+            place = _finish_epoch(state, evaluate, settings, log)
+            if place <= settings.checkpoint_hist:
+                if is_main():
+                    run.make_place(place, settings.checkpoint_hist)
+                save(run.place(place))
             save(run.last)
+            if any_rank(terminated()):
+                raise Terminated(progress.step, run.last)
     return progress.summary
 
 
 def create_training_state(distiller: Distiller, updates_per_epoch: int, settings: FitSettings) -> TrainingState:
-    """Optimizer over student, projections and filters, schedule by update, loss scaler, moving average."""
+    """Optimizer over student, projections and filters, schedule by update, loss scaler, moving average.
+
+    Parallelizes the distiller where there are several ranks.
+    """
     if updates_per_epoch < 1:
         raise ValueError("an epoch has no full batch: the training set is smaller than the batch size")
     device = next(distiller.parameters()).device
-    optimizer = create_optimizer_v2(distiller, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+        if distiller.teacher is not None:
+            distiller.teacher.to(memory_format=torch.channels_last)
+    ema = None
+    if settings.model_ema:
+        ema = ModelEmaV3(distiller.student.model, decay=settings.model_ema_decay, use_warmup=True)
+    average = None if ema is None else ema.module
+    module = parallelize(distiller, average, shard=settings.fsdp, compiled=settings.torchcompile)
+    optimizer = create_optimizer_v2(
+        distiller,
+        opt=settings.opt,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+    )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=settings.sched,
         num_epochs=settings.epochs,
         min_lr=settings.min_lr,
+        decay_epochs=settings.decay_epochs,
+        decay_rate=settings.decay_rate,
         warmup_epochs=settings.warmup_epochs,
-        warmup_lr=settings.lr / 100,
+        warmup_lr=settings.lr / 100 if settings.warmup_lr is None else settings.warmup_lr,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )
-    ema = None
-    if settings.model_ema:
-        ema = ModelEmaV3(distiller.student.model, decay=settings.model_ema_decay, use_warmup=True)
     return TrainingState(
         distiller=distiller,
+        module=module,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=settings.precision(device) == torch.float16),
         ema=ema,
     )
-
-
-def update(state: TrainingState, batch: Batch, settings: FitSettings, timer: StepTimer) -> dict[str, Tensor]:
-    """One optimizer step. Returns the detached terms and the gradient norm before clipping, on the device."""
-    distiller, device = state.distiller, batch.images.device
-    precision = settings.precision(device)
-    with nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision):
-        teacher = distiller.teach(batch.images) if batch.teacher is None else batch.teacher
-        timer.lap("teacher")
-        terms = distiller(batch.images, batch.labels, teacher)
-    timer.lap("loss")
-    state.scaler.scale(terms["loss"]).backward()
-    timer.lap("backward")
-    state.scaler.unscale_(state.optimizer)
-    clip = math.inf if settings.clip_grad is None else settings.clip_grad
-    grad_norm = nn.utils.clip_grad_norm_(distiller.parameters(), clip)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad()
-    state.progress.step += 1
-    if state.scheduler is not None:
-        state.scheduler.step_update(state.progress.step)
-    if state.ema is not None:
-        state.ema.update(distiller.student.model, step=state.progress.step)
-    timer.lap("update")
-    return {name: term.detach() for name, term in terms.items()} | {"grad_norm": grad_norm.detach()}
 
 
 def _log_window(state: TrainingState, window: Window, log: RunLog) -> None:
@@ -210,43 +209,47 @@ def _log_window(state: TrainingState, window: Window, log: RunLog) -> None:
         )
 
 
-def _finish_epoch(state: TrainingState, evaluate: Callable[[nn.Module], float], log: RunLog) -> bool:
-    """Evaluate, log and step to the next epoch. Returns whether this was the best epoch so far."""
+def _finish_epoch(
+    state: TrainingState, evaluate: Callable[[nn.Module], float], settings: FitSettings, log: RunLog
+) -> int:
+    """Evaluate, log and step to the next epoch. Returns its place among the epochs, 1 for the best so far."""
     progress = state.progress
-    accuracy = {"top1": evaluate(state.distiller.student.model)}
+    share_buffers(state.distiller)
+    accuracy = {"top1": evaluate(Classifier(state.distiller))}
     if state.ema is not None:
+        share_buffers(state.ema.module)
         accuracy["top1_ema"] = evaluate(state.ema.module)
-    best = max(progress.best_top1, accuracy.get("top1_ema", accuracy["top1"]))
-    improved = best > progress.best_top1
-    progress.best_top1 = best
+    score = accuracy.get("top1_ema", accuracy["top1"])
+    place = 1 + sum(better >= score for better in progress.best)
+    progress.best = sorted([*progress.best, score], reverse=True)[: settings.checkpoint_hist]
     progress.epoch += 1
     progress.summary = {
         "epoch": progress.epoch,
         "step": progress.step,
         **accuracy,
-        "best_top1": best,
+        "best_top1": progress.best[0],
         "lr": state.lr,
         **means(progress.epoch_totals, state.distiller.weights),
         "seconds": progress.seconds,
     }
-    progress.batch, progress.epoch_totals = 0, {}
+    progress.updates, progress.epoch_totals = 0, {}
     log.epoch(progress.summary)
-    print(
-        *(f"{name} {progress.summary[name]:.4g}" for name in _SHOWN if name in progress.summary),
-        sep="  ",
-        flush=True,
-    )
-    return improved
+    if is_main():
+        shown = (f"{name} {progress.summary[name]:.4g}" for name in _SHOWN if name in progress.summary)
+        print(*shown, sep="  ", flush=True)
+    return place
 
 
-def _with_progress_bar(batches: Batches, state: TrainingState, settings: FitSettings) -> Iterable[Batch]:
-    progress = state.progress
+def _with_progress_bar(batches: Batches, state: TrainingState, settings: FitSettings) -> Iterable[tuple[Batch, ...]]:
+    """The batches of each update that is left of the epoch."""
+    progress, size = state.progress, settings.accum_steps
+    source = iter(batches.epoch(progress.epoch, progress.updates * size))
     return tqdm(
-        batches.epoch(progress.epoch, progress.batch),
+        zip(*[source] * size, strict=False),
         desc=f"epoch {progress.epoch + 1}/{settings.epochs}",
-        initial=progress.batch,
-        total=len(batches),
+        initial=progress.updates,
+        total=len(batches) // size,
         unit="step",
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=not (is_main() and sys.stderr.isatty()),
     )

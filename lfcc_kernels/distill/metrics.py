@@ -7,18 +7,20 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-PARTS = ("data", "teacher", "student", "loss", "backward", "update")
+from .ranks import gather_objects
+
+PARTS = ("data", "teacher", "student", "loss", "gather", "backward", "update")
+SHARES = ("data", "teacher", "loss", "gather")  # the parts whose share of the time is logged
 
 
 class StepTimer:
-    """Splits a training step into `PARTS`; "loss" is forward and backward of everything behind the student's
-    outputs.
+    """Splits a training step into `PARTS`.
 
-    `lap(part)` books the time since the last lap on `part`. On a GPU the marks are CUDA events, so nothing
-    waits before `read`.
+    "loss" is forward and backward of everything behind the student's outputs, "gather" the wait for other ranks' rows
+    on their way there. `lap(part)` books the time since the last lap on `part`. On a GPU the marks are CUDA events, so
+    nothing waits before `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,20 +36,6 @@ class StepTimer:
         now = self._now()
         self._laps.append((part, self._last, now))
         self._last = now
-
-    def watch(self, student: nn.Module) -> RemovableHandle:
-        """Book the student's forward, and find the end of the loss' backward, until the handle is removed.
-
-        Autograd runs later nodes first. So when the gradient reaches the logits, the last thing the student
-        made, the loss is behind it and the student still ahead.
-        """
-
-        def student_done(module: nn.Module, args: tuple, outputs: tuple[Tensor, list[Tensor]]) -> None:
-            self.lap("student")
-            if outputs[0].requires_grad:
-                outputs[0].register_hook(lambda grad: self.lap("loss"))
-
-        return student.register_forward_hook(student_done)
 
     def read(self) -> dict[str, float]:
         """Seconds by part since the last `read`."""
@@ -84,13 +72,17 @@ class Window:
         self._counts.update(updates=1, images=images)
 
     def read(self) -> dict[str, float]:
-        """Sums of the terms, "updates", "images" and "seconds_<part>"; then starts anew."""
+        """Sums of the terms, "updates" and "seconds_<part>", as means over ranks, and "images" of all ranks.
+
+        Then starts anew. Every rank gets the same.
+        """
         sums = [] if self._sums is None else self._sums.tolist()
         totals = dict(zip(self._names, sums, strict=True)) | dict(self._counts)
         totals |= {f"seconds_{part}": seconds for part, seconds in self.timer.read().items()}
         self._sums = None
         self._counts.clear()
-        return totals
+        ranks = gather_objects(totals)
+        return {name: sum(r[name] for r in ranks) / (1 if name == "images" else len(ranks)) for name in totals}
 
 
 def seconds(totals: Mapping[str, float]) -> float:
@@ -106,6 +98,4 @@ def means(totals: Mapping[str, float], weights: Mapping[str, float]) -> dict[str
         row[f"{name}_weighted"] = weight * row[name]
     row["grad_norm"] = totals["grad_norm"] / updates
     row["images_per_second"] = totals["images"] / elapsed
-    row["data_share"] = totals["seconds_data"] / elapsed
-    row["loss_share"] = totals["seconds_loss"] / elapsed
-    return row
+    return row | {f"{part}_share": totals[f"seconds_{part}"] / elapsed for part in SHARES}

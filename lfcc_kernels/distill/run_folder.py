@@ -1,6 +1,7 @@
 """The folder of one run: config.yaml, versions.json, steps.csv, summary.csv, events/, checkpoints/.
 
-`checkpoints/last.pt` is where the run goes on, `checkpoints/best.pt` the epoch of the best accuracy.
+`checkpoints/last.pt` is where the run goes on, `checkpoints/best.pt` the epoch of the best accuracy, `best-2.pt` that
+of the second best, as many as are to be kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 import lfcc_kernels
 from lfcc_kernels.files import remove_stale, replace_file
 
+from .ranks import is_main
+
 
 class RunFolder:
     """Names and writes the files of a run. Makes nothing on disk before `prepare` or `log`."""
@@ -32,6 +35,16 @@ class RunFolder:
         self.last = self.checkpoints / "last.pt"
         self.best = self.checkpoints / "best.pt"
 
+    def place(self, number: int) -> Path:
+        """Where the checkpoint of the best epoch is (1), of the second best (2) and so on."""
+        return self.best if number == 1 else self.checkpoints / f"best-{number}.pt"
+
+    def make_place(self, number: int, kept: int) -> None:
+        """Move the checkpoints from place `number` on one place down; what leaves place `kept` is gone."""
+        for lower in range(kept, number, -1):
+            if self.place(lower - 1).exists():
+                self.place(lower - 1).replace(self.place(lower))
+
     def require_empty(self) -> None:
         """Raises FileExistsError if a new run here would mix with something that is there already."""
         if self.root.is_file() or (self.root.is_dir() and any(self.root.iterdir())):
@@ -40,7 +53,9 @@ class RunFolder:
             )
 
     def prepare(self, config: Mapping[str, Any]) -> None:
-        """Write the resolved configuration and the versions of what runs it."""
+        """Write the resolved configuration and the versions of what runs it, on the main rank."""
+        if not is_main():
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         with replace_file(self.root / "config.yaml") as file:
             file.write(yaml.safe_dump(dict(config), sort_keys=False).encode())
@@ -49,7 +64,13 @@ class RunFolder:
 
     @contextmanager
     def log(self, step: int) -> Iterator[RunLog]:
-        """The run's log, cut back to update `step`: what came after the last checkpoint happens again."""
+        """The run's log, cut back to update `step`: what came after the last checkpoint happens again.
+
+        The main rank alone writes.
+        """
+        if not is_main():
+            yield RunLog()
+            return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_stale(self.root)
         remove_stale(self.checkpoints)
@@ -64,7 +85,9 @@ class RunFolder:
 class RunLog:
     """Rows of numbers, each with a "step", to CSV and TensorBoard."""
 
-    def __init__(self, steps: _CsvLog, summary: _CsvLog, events: SummaryWriter) -> None:
+    def __init__(
+        self, steps: _CsvLog | None = None, summary: _CsvLog | None = None, events: SummaryWriter | None = None
+    ) -> None:
         self._steps, self._summary, self._events = steps, summary, events
 
     def step(self, row: Mapping[str, float]) -> None:
@@ -75,7 +98,9 @@ class RunLog:
         """Means over an epoch, and the accuracy after it."""
         self._write(self._summary, "epoch", row)
 
-    def _write(self, table: _CsvLog, group: str, row: Mapping[str, float]) -> None:
+    def _write(self, table: _CsvLog | None, group: str, row: Mapping[str, float]) -> None:
+        if table is None:
+            return
         table.write(row)
         for name, value in row.items():
             if name != "step":

@@ -83,7 +83,7 @@ def test_a_checkpoint_that_does_not_fit() -> None:
         create_training_state(make_distiller(beta=0), 4, FitSettings()).load_state_dict(state())
     wider = state()
     wider["state_dict"]["head.weight"] = torch.zeros(9, 64)
-    with pytest.raises(CheckpointError, match=r"state_dict of the checkpoint does not fit this run: .*head\.weight"):
+    with pytest.raises(CheckpointError, match=r"model of the checkpoint does not fit this run: .*head\.weight"):
         here.load_state_dict(wider)
 
 

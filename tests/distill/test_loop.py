@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from toy_runs import SETTINGS, ToyBatches, make_distiller, no_evaluation, run
 
 from lfcc_kernels.distill import Batch, Distiller, RunFolder, fit, load_checkpoint, read_csv
-from lfcc_kernels.distill.loop import create_training_state, update
-from lfcc_kernels.distill.metrics import StepTimer
+from lfcc_kernels.distill.loop import create_training_state
+from lfcc_kernels.distill.metrics import PARTS, StepTimer
+from lfcc_kernels.distill.update import update
 
 
 def test_the_run_folder(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_the_average_lies_between_the_first_and_the_last_student(tmp_path: Path)
 def test_cached_teacher_outputs_need_no_teacher(tmp_path: Path) -> None:
     class Cached(ToyBatches):
         def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-            for images, labels, _ in super().epoch(epoch, first):
+            for images, labels, *_ in super().epoch(epoch, first):
                 yield Batch(images, labels, teacher.teach(images))
 
     teacher = make_distiller()
@@ -99,7 +101,7 @@ def test_cached_teacher_outputs_need_no_teacher(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
     class Diverging(ToyBatches):
         def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-            for images, labels, _ in super().epoch(epoch, first):
+            for images, labels, *_ in super().epoch(epoch, first):
                 yield Batch(images * (math.nan if epoch == 1 else 1), labels)
 
     with pytest.raises(FloatingPointError, match=r"the loss is nan at update 5; the last checkpoint is from before"):
@@ -121,7 +123,7 @@ def test_an_epoch_that_ends_early_is_an_error(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return self.batches + 1
 
-    with pytest.raises(RuntimeError, match=r"batches\.epoch ended after 4 of 5 batches"):
+    with pytest.raises(RuntimeError, match=r"batches\.epoch ended after 4 of 5 updates"):
         run(tmp_path, Short())
 
 
@@ -130,7 +132,7 @@ def test_the_gradient_is_clipped_over_student_and_projections_together() -> None
     distiller = make_distiller()
     state = create_training_state(distiller, 4, settings)
     before = [p.detach().clone() for p in distiller.parameters()]
-    terms = update(state, next(ToyBatches().epoch(0)), settings, StepTimer(torch.device("cpu")))
+    terms = update(state, [next(ToyBatches().epoch(0))], settings, StepTimer(torch.device("cpu")))
     steps = torch.stack([(p - b).norm() for p, b in zip(distiller.parameters(), before, strict=True)])
     assert terms["grad_norm"] > 0.1
     # The first step of timm's SGD with momentum and Nesterov is 1.9 times the gradient.
@@ -143,7 +145,7 @@ def test_an_update_starts_from_no_gradient() -> None:
         next(iter(ToyBatches().epoch(0))),
     )
     state = create_training_state(make_distiller().eval(), 4, settings)
-    norms = {update(state, batch, settings, StepTimer(torch.device("cpu")))["grad_norm"].item() for _ in range(2)}
+    norms = {update(state, [batch], settings, StepTimer(torch.device("cpu")))["grad_norm"].item() for _ in range(2)}
     assert len(norms) == 1
 
 
@@ -161,7 +163,7 @@ def test_mixed_precision_on_request(tmp_path: Path, amp_dtype: str) -> None:
     assert dtypes == {getattr(torch, amp_dtype)} and math.isfinite(summary["loss"])
 
 
-def test_the_timer_tells_the_parts_of_a_step_apart() -> None:
+def test_the_timer_tells_the_parts_of_a_step_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, forward, backward):
@@ -174,20 +176,27 @@ def test_the_timer_tells_the_parts_of_a_step_apart() -> None:
             time.sleep(ctx.backward_seconds)
             return grad, None, None
 
-    class Student(torch.nn.Module):
-        def forward(self, x):
-            return Slow.apply(x, 0.05, 0.1), []
+    class Slowed(torch.nn.Module):
+        def __init__(self, module, forward, backward):
+            super().__init__()
+            self.module, self.seconds = module, (forward, backward)
 
-    timer, student = StepTimer(torch.device("cpu")), Student()
-    with timer.watch(student):
-        logits, _ = student(torch.ones(2, requires_grad=True))
-        loss = Slow.apply(logits, 0.15, 0.2).sum()
-        timer.lap("loss")
-        loss.backward()
-        timer.lap("backward")
-    assert timer.read() == pytest.approx(
-        {"data": 0, "teacher": 0, "student": 0.05, "loss": 0.35, "backward": 0.1, "update": 0}, abs=0.03
-    )
+        def forward(self, images):
+            logits, features = self.module(images)
+            return Slow.apply(logits, *self.seconds), features
+
+    timer, distiller, batch = StepTimer(torch.device("cpu")), make_distiller(beta=0), next(ToyBatches().epoch(0))
+    teacher = distiller.teach(batch.images)
+    distiller.student, kl_div = Slowed(distiller.student, 0.05, 0.1), F.kl_div
+    monkeypatch.setattr(F, "kl_div", lambda *args, **options: Slow.apply(kl_div(*args, **options), 0.15, 0.2))
+    distiller.clock = timer.lap
+    timer.restart()
+    loss = distiller(batch.images, batch.labels, teacher)["loss"]
+    timer.lap("loss")
+    loss.backward()
+    timer.lap("backward")
+    seconds = dict.fromkeys(PARTS, 0.0) | {"student": 0.05, "loss": 0.35, "backward": 0.1}
+    assert timer.read() == pytest.approx(seconds, abs=0.05)
 
 
 def test_a_log_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

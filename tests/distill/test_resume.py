@@ -65,7 +65,7 @@ def test_resume_wants_the_same_batches(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(tmp_path, InterruptedBatches(ToyBatches(), 3))
     checkpoint = load_checkpoint(tmp_path / "checkpoints/last.pt")
-    with pytest.raises(ValueError, match="3 batches into an epoch that now has 2"):
+    with pytest.raises(ValueError, match="3 updates into an epoch that now has 2"):
         run(tmp_path, ToyBatches(batches=2), checkpoint=checkpoint)
     with pytest.raises(ValueError, match="training set is smaller than the batch size"):
         run(tmp_path / "none", ToyBatches(batches=0))
