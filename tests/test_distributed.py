@@ -1,14 +1,14 @@
 """Gloo processes with gathered negatives against one process that holds the whole batch."""
 
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import in_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lfcc_kernels as lk
 
@@ -32,41 +32,120 @@ def contrast(student: Tensor, teacher: Tensor, ids: Tensor, **options: Any) -> l
     return [loss.detach(), student.grad, teacher.grad, loss_module.log_temperature.grad.double()]
 
 
-def distil(student: Tensor, teacher: Tensor, ids: Tensor, parallel: bool, **options: Any) -> list[Tensor]:
+def distil(
+    student: Tensor, teacher: Tensor, ids: Tensor, parallel: bool, compiled: bool = False, **options: Any
+) -> list[Tensor]:
     """Loss of a whole LFCCLoss and gradients of its parameters, under DDP where `parallel`."""
     torch.manual_seed(1)
     module = lk.LFCCLoss([5], [5], scales=(1, 2), learnable_temperature=True, **options).double()
+    if compiled:
+        module.compile(backend="inductor", fullgraph=True)
     wrapped = nn.parallel.DistributedDataParallel(module) if parallel else module
     loss = wrapped([student], [teacher], ids)
     loss.backward()
     return [loss.detach(), *(p.grad for p in module.parameters())]
 
 
-def run_rank(rank: int, world_size: int, folder: Path) -> None:
+def project(student: Tensor, teacher: Tensor, parallel: bool, direction: str) -> list[Tensor]:
+    """Gradients of a projection on each side, under one DDP where `parallel`."""
+    torch.manual_seed(1)
+    sides = nn.ModuleList([nn.Linear(10, 4, bias=False), nn.Linear(10, 4, bias=False)]).double()
+    contrast = lk.InfoNCELoss(0.2, direction, gather="auto" if parallel else "none")
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sides = sides
+
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return contrast(self.sides[0](student), self.sides[1](teacher))
+
+    module = nn.parallel.DistributedDataParallel(Both()) if parallel else Both()
+    module(student, teacher).backward()
+    return [p.grad for p in sides.parameters()]
+
+
+class Log(TorchDispatchMode):
+    """Names of our ops and of the collectives in the order of their calls; a gather with the width of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        namespace, name = op.name().split("::")
+        if name == "gather_rows":
+            self.calls.append(f"gather {args[0].shape[1]}")
+        elif namespace in ("lfcc", "_c10d_functional"):
+            self.calls.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+def what_travels(maps: list[Tensor], direction: str) -> list[str]:
+    with Log() as log, lk.use_backend("cpu"):
+        distil(*maps, parallel=False, direction=direction)
+    return log.calls
+
+
+def refused(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def unlike(rank: int, rows: list[Tensor]) -> dict[str, str]:
+    """What a rank hears where the last one brings something else than the others."""
+    student, teacher, ids = rows
+    last = rank == dist.get_world_size() - 1
+    contrast = lk.InfoNCELoss()
+    fewer, narrow = slice(ROWS - 1 if last else ROWS), slice(9 if last else 10)
+    some = {"student_ids": ids, "teacher_ids": ids} if last else {}
+    compiled = torch.compile(contrast, backend="aot_eager", fullgraph=True)
+    return {
+        "rows": refused(lambda: contrast(student[fewer], teacher[fewer])),
+        "compiled rows": refused(lambda: compiled(student[fewer], teacher[fewer])),
+        "width": refused(lambda: contrast(student[:, narrow], teacher[:, narrow])),
+        "type": refused(lambda: contrast(*(x.float() if last else x for x in (student, teacher)))),
+        "ids": refused(lambda: contrast(student, teacher, **some)),
+        "none": refused(lambda: contrast(student, teacher)),
+    }
+
+
+def run_rank() -> dict:
     import conftest  # noqa: F401  a fresh process has no kernels that are compiled for the CPU
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=120), rank=rank, world_size=world_size)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     rows, maps = ([x[mine] for x in batch(world_size, *shape)] for shape in ((10,), (5, 4, 4)))
     results = {}
-    for backend in lk.available_backends():
+    for backend in backends(world_size):
         with lk.use_backend(backend):
             for direction in DIRECTIONS:
                 results[backend, direction] = contrast(*rows, direction=direction)
                 results[backend, direction, "LFCC"] = distil(*maps, parallel=True, direction=direction)
             results[backend, "group"] = contrast(*rows, gather=dist.group.WORLD)
             results[backend, "none"] = contrast(*rows, gather="none")
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    for direction in DIRECTIONS:
+        results[direction, "projections"] = project(*rows[:2], parallel=True, direction=direction)
+        if "cpu" in lk.available_backends():
+            results[direction, "travels"] = what_travels(maps, direction)
+        if world_size == 2:
+            results[direction, "compiled"] = distil(*maps, parallel=True, compiled=True, direction=direction)
+    results["unlike"] = unlike(rank, rows)
+    return results
+
+
+def backends(world_size: int) -> tuple[str, ...]:
+    """The interpreter and the emulation are slow, and two ranks of them show what they are to show."""
+    return tuple(name for name in lk.available_backends() if world_size == 2 or name in ("eager", "cpu"))
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4], ids=["2 ranks", "3 ranks", "4 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (request.param, folder), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return in_ranks(request.param, tmp_path_factory.mktemp("ranks"), run_rank)
 
 
 def averaged(ranks: list[dict], *key: str) -> list[Tensor]:
@@ -76,29 +155,94 @@ def averaged(ranks: list[dict], *key: str) -> list[Tensor]:
     """
     losses, students, teachers, temperatures = zip(*(rank[key] for rank in ranks), strict=True)
     rows = [torch.cat(parts) / len(ranks) for parts in (students, teachers)]
-    return [torch.stack(losses).mean(), *rows, torch.stack(temperatures).mean()]
+    return [torch.stack(losses).mean(), *rows, torch.stack(temperatures).mean(0)]
+
+
+def assert_all_have(results: list[list[Tensor]], expected: list[Tensor]) -> None:
+    """Every rank's gradients, and the mean of their losses."""
+    torch.testing.assert_close(torch.stack([loss for loss, *_ in results]).mean(), expected[0])
+    for _, *grads in results:
+        torch.testing.assert_close(grads, expected[1:], rtol=1e-6, atol=1e-9)
+
+
+def skip_unless_run(ranks: list[dict], backend: str) -> None:
+    if (backend, "none") not in ranks[0]:
+        pytest.skip(f"{len(ranks)} ranks of {backend} would take minutes and show what two show")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ranks_together_equal_one_process(ranks: list[dict], backend: str, direction: str) -> None:
+    skip_unless_run(ranks, backend)
     expected = contrast(*batch(len(ranks), 10), direction=direction, gather="none")
     torch.testing.assert_close(averaged(ranks, backend, direction), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_whole_loss_under_ddp_equals_one_process(ranks: list[dict], backend: str, direction: str) -> None:
+    skip_unless_run(ranks, backend)
     expected = distil(*batch(len(ranks), 5, 4, 4), parallel=False, direction=direction)
-    results = [rank[backend, direction, "LFCC"] for rank in ranks]
-    torch.testing.assert_close(torch.stack([loss for loss, *_ in results]).mean(), expected[0])
-    for _, *grads in results:
-        torch.testing.assert_close(grads, expected[1:], rtol=1e-6, atol=1e-9)
+    assert_all_have([rank[backend, direction, "LFCC"] for rank in ranks], expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_compiled_without_a_break_it_is_the_same(ranks: list[dict], direction: str) -> None:
+    if len(ranks) > 2:
+        pytest.skip("compiling takes a while, and two ranks show it")
+    expected = distil(*batch(len(ranks), 5, 4, 4), parallel=False, direction=direction)
+    assert_all_have([rank[direction, "compiled"] for rank in ranks], expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_projections_of_both_sides_learn_as_on_one_process(ranks: list[dict], direction: str) -> None:
+    expected = project(*batch(len(ranks), 10)[:2], parallel=False, direction=direction)
+    for rank in ranks:
+        torch.testing.assert_close(rank[direction, "projections"], expected, rtol=1e-6, atol=1e-9)
+
+
+WIDTH = 5 * (1 + 4)  # of a row's pyramid
+
+
+def test_of_a_frozen_teacher_its_rows_alone_travel_while_the_student_is_pooled(
+    ranks: list[dict], compiled_kernels: str
+) -> None:
+    for rank in ranks:
+        calls = rank["student_to_teacher", "travels"]
+        assert sorted(call for call in calls if "gather" in call) == ["gather 1", f"gather {WIDTH}"]  # of ids, of rows
+        assert not any("reduce_scatter" in call for call in calls)
+        of_teacher, of_student = (n for n, call in enumerate(calls) if call == "lowpass")
+        assert of_teacher < calls.index(f"gather {WIDTH}") < of_student < calls.index("wait_tensor")
+
+
+def test_the_students_rows_travel_once_where_teachers_look_for_them(ranks: list[dict], compiled_kernels: str) -> None:
+    for rank in ranks:
+        calls = rank["teacher_to_student", "travels"]
+        assert sorted(call for call in calls if "gather" in call) == ["gather 1", f"gather {WIDTH}"]
+        assert calls.count("reduce_scatter_tensor") == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rows", "rank 0 brings 6 rows of 10 float64 values without ids, rank {last} 5 rows of 10"),
+        ("compiled rows", "rank 0 brings 6 rows of 10 float64 values without ids, rank {last} 5 rows of 10"),
+        ("width", "rank {last} 6 rows of 9 float64 values"),
+        ("type", "rank {last} 6 rows of 10 float32 values"),
+        ("ids", "rank {last} 6 rows of 10 float64 values with ids"),
+        ("none", "no error"),
+    ],
+)
+def test_ranks_that_differ_are_told_all_of_them(ranks: list[dict], what: str, message: str) -> None:
+    for rank in ranks:
+        assert message.format(last=len(ranks) - 1) in rank["unlike"][what]
 
 
 def test_a_group_by_name_is_gathered(ranks: list[dict], backend: str) -> None:
+    skip_unless_run(ranks, backend)
     torch.testing.assert_close(averaged(ranks, backend, "group"), averaged(ranks, backend, DIRECTIONS[0]))
 
 
 def test_without_gathering_negatives_stay_on_the_rank(ranks: list[dict], backend: str) -> None:
+    skip_unless_run(ranks, backend)
     rows = batch(len(ranks), 10)
     for number, rank in enumerate(ranks):
         mine = [x[number * ROWS : (number + 1) * ROWS] for x in rows]
