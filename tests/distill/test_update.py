@@ -1,0 +1,198 @@
+"""Updates of several batches: gradient caching against one big batch, and against one graph."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from toy_runs import CLASSES, SETTINGS, make_distiller
+
+from lfcc_kernels.distill import Batch, Distiller, build_lfcc, create_extractor
+from lfcc_kernels.distill.loop import create_training_state
+from lfcc_kernels.distill.metrics import StepTimer
+from lfcc_kernels.distill.update import update
+
+# The first step of plain SGD is the gradient, so the weights after it tell everything.
+GRADIENTS = replace(
+    SETTINGS, opt="momentum", momentum=0, lr=1.0, weight_decay=0, clip_grad=None, sched="none", model_ema=False
+)
+TIMER = StepTimer(torch.device("cpu"))
+
+
+def distiller_of(student: str, direction: str = "student_to_teacher", dropout: float = 0.0) -> Distiller:
+    torch.manual_seed(0)
+    options = {"proj_drop_rate": dropout, "img_size": 32, "patch_size": 8} if student == "test_vit" else {}
+    extractor = create_extractor(timm.create_model(student, num_classes=CLASSES, **options), [1, 3], image_size=32)
+    teacher = create_extractor(timm.create_model("test_resnet", num_classes=CLASSES), [2, 3], image_size=32)
+    lfcc = build_lfcc(extractor, teacher, scales=(1, 2), learnable_temperature=True, direction=direction)
+    return Distiller(extractor, teacher, lfcc, label_smoothing=0.1)
+
+
+def batch_of(size: int = 8, labelled: int = 5, ids: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(CLASSES, (size,), generator=generator)
+    labels[labelled:] = -100
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    return Batch(images, labels, None, torch.arange(size) // 2 if ids else None)
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    pieces = zip(
+        batch.images.chunk(parts),
+        batch.labels.chunk(parts),
+        batch.ids.chunk(parts) if batch.ids is not None else [None] * parts,
+        strict=True,
+    )
+    return [Batch(images, labels, None, ids) for images, labels, ids in pieces]
+
+
+def gradients(distiller: Distiller, batches: list[Batch], **settings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms of one update and the gradient of every parameter."""
+    state = create_training_state(distiller, 4, replace(GRADIENTS, **settings))
+    before = {name: p.detach().clone() for name, p in distiller.named_parameters()}
+    terms = update(state, batches, replace(GRADIENTS, **settings), TIMER)
+    return terms, {name: before[name] - p.detach() for name, p in distiller.named_parameters()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 2e-5) -> None:
+    for name in expected:
+        error, scale = (found[name] - expected[name]).abs().max(), expected[name].abs().max()
+        assert error <= rtol * scale + 1e-7, f"{name} is off by {error / scale:.1e}"
+
+
+@pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student", "symmetric"])
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("ids", [False, True])
+def test_batches_together_are_the_big_batch(direction: str, parts: int, ids: bool) -> None:
+    distiller, batch = distiller_of("test_vit", direction), batch_of(ids=ids)
+    expected = gradients(copy_of(distiller), [batch])
+    found = gradients(copy_of(distiller), split(batch, parts))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same(mine, theirs)
+
+
+def test_plain_accumulation_is_not() -> None:
+    """What caching is for: the mean over batches contrasted one by one is another loss."""
+    distiller, batch = distiller_of("test_vit"), batch_of()
+    _, expected = gradients(copy_of(distiller), [batch])
+    plain = [gradients(copy_of(distiller), [part])[1] for part in split(batch, 4)]
+    name = "lfcc.student_projections.0.weight"
+    mean = torch.stack([part[name] for part in plain]).mean(0)
+    assert (mean - expected[name]).norm() > 0.1 * expected[name].norm()
+
+
+def copy_of(distiller: Distiller) -> Distiller:
+    copied = copy.deepcopy(distiller)
+    object.__setattr__(copied, "teacher", distiller.teacher)
+    return copied
+
+
+def test_with_dropout_both_passes_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    distiller, batch = distiller_of("test_vit", dropout=0.3), batch_of(labelled=8)
+    parts = split(batch, 2)
+
+    # One graph over both batches, as it would be had it room: the draws of the first pass, in its order.
+    reference = copy_of(distiller).train()
+    torch.manual_seed(7)
+    outputs = [reference(part.images) for part in parts]
+    teachers = [reference.teach(part.images) for part in parts]
+    lfcc = reference.lfcc.contrast(
+        [torch.cat(stage) for stage in zip(*(output.pyramids for output in outputs), strict=True)],
+        [torch.cat(stage) for stage in zip(*(teacher.pyramids for teacher in teachers), strict=True)],
+    )
+    labels = torch.cat([part.labels for part in parts])
+    logits = torch.cat([output.logits for output in outputs])
+    kd = nn.functional.kl_div(
+        (logits / 4).log_softmax(1),
+        (torch.cat([teacher.logits for teacher in teachers]) / 4).log_softmax(1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1) + 16 * kd + lfcc
+    loss.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters()}
+
+    torch.manual_seed(7)
+    terms, found = gradients(distiller.train(), parts)
+    assert_same(found, expected)
+    assert_same(terms, {"loss": loss.detach(), "lfcc": lfcc.detach()})
+
+
+def test_the_generator_ends_where_one_pass_over_the_batches_leaves_it() -> None:
+    distiller, parts = distiller_of("test_vit", dropout=0.3).train(), split(batch_of(), 2)
+    torch.manual_seed(7)
+    for part in parts:
+        distiller(part.images)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    gradients(distiller, parts)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_statistics_of_batchnorm_advance_once() -> None:
+    distiller, parts = distiller_of("test_resnet").train(), split(batch_of(), 2)
+    once = copy_of(distiller)
+    for part in parts:
+        once(part.images)
+    gradients(distiller, parts)
+    for (name, found), expected in zip(distiller.named_buffers(), once.buffers(), strict=True):
+        assert torch.equal(found, expected), name
+    assert {value.item() for name, value in distiller.named_buffers() if name.endswith("tracked")} == {2}
+    assert all(norm.track_running_stats for norm in distiller.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+def test_the_teacher_looks_at_each_batch_once_and_the_student_twice() -> None:
+    distiller, looks = distiller_of("test_vit"), []
+    for side in (distiller.teacher, distiller.student):
+        side.register_forward_hook(lambda module, args, outputs: looks.append(module is distiller.teacher))
+    gradients(distiller, split(batch_of(), 4))
+    assert looks.count(True) == 4 and looks.count(False) == 8
+    looks.clear()
+    gradients(distiller, [batch_of()])
+    assert looks.count(True) == 1 == looks.count(False)
+
+
+def test_without_lfcc_one_pass_is_enough() -> None:
+    batch, passes = batch_of(), []
+    distiller = make_distiller(beta=0)
+    expected = gradients(copy_of(distiller.eval()), [batch])
+    distiller.student.register_forward_hook(lambda *args: passes.append(1))
+    found = gradients(distiller, split(batch, 2))
+    assert len(passes) == 2
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_in_mixed_precision_too(amp_dtype: str) -> None:
+    distiller, batch = distiller_of("test_vit"), batch_of()
+    _, exact = gradients(copy_of(distiller), split(batch, 2))
+    terms, found = gradients(distiller, split(batch, 2), amp=True, amp_dtype=amp_dtype)
+    assert terms["lfcc"].dtype == torch.float32
+    name = "lfcc.student_projections.0.weight"
+    assert (found[name] - exact[name]).norm() < 0.05 * exact[name].norm()
+
+
+def test_probabilities_as_labels() -> None:
+    distiller, batch = distiller_of("test_vit"), batch_of()
+    soft = batch._replace(labels=torch.rand(8, CLASSES).softmax(1))
+    terms, _ = gradients(copy_of(distiller), [soft])
+    logits = distiller(soft.images).logits
+    torch.testing.assert_close(terms["ce"], -(soft.labels * logits.log_softmax(1)).sum(1).mean().detach())
+    halves = [Batch(*(x.chunk(2)[half] for x in soft[:2])) for half in (0, 1)]
+    assert_same(gradients(copy_of(distiller), halves)[1], gradients(distiller, [soft])[1])
+
+
+def test_student_and_loss_compile_without_a_break() -> None:
+    distiller, batch = distiller_of("test_vit"), batch_of(ids=True)
+    expected = gradients(copy_of(distiller), [batch])
+    distiller.compile(backend="aot_eager")
+    for batches in ([batch], split(batch, 2)):
+        found = gradients(distiller, batches)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_same(mine, theirs)
+        with torch.no_grad():
+            for name, p in distiller.named_parameters():
+                p.add_(found[1][name])
