@@ -16,8 +16,11 @@ import torch.distributed as dist
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the processes that `torchrun` started with this one; a process that it did not start stays alone."""
-    if not dist.is_torchelastic_launched():
+    """Join the processes that `torchrun` started with this one; without its RANK and WORLD_SIZE it stays alone.
+
+    Raises ConnectionError where one of them ends, or does not answer for ten minutes.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         yield
         return
     # nccl alone would send the host's values through the GPU.
@@ -25,6 +28,13 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        raise ConnectionError(
+            f"rank {dist.get_rank()}: another process of the run has ended or does not answer, and says why itself; "
+            "the last checkpoint is whole: start all of them again with --resume"
+        ) from error
     finally:
         dist.destroy_process_group()
 
