@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.lfcc
 OLD_TRITON_AT := $(VENV)/.triton
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench gpu wheel check-wheel clean force
+.PHONY: help demo demo-ddp test lint bench gpu wheel check-wheel clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,9 @@ help:
 
 demo: $(STAMPS)/demo ## train a small ViT with a CNN as its teacher on photographs; DATA=folder takes them from there
 	$(BIN)/python -m lfcc_kernels.distill.demo $(if $(DATA),--data '$(DATA)')
+
+demo-ddp: $(STAMPS)/demo ## train it by one process and by two that share the batch: the loss is the same
+	$(BIN)/python -m lfcc_kernels.distill.demo.ranks $(if $(DATA),--data '$(DATA)')
 
 test: $(STAMPS)/test $(STAMPS)/triton ## run the tests, those of the Triton kernels with the oldest Triton too
 	$(BIN)/python -m pytest -n auto --ignore tests/offline

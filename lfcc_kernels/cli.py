@@ -8,6 +8,7 @@ from pathlib import Path
 _COMMANDS = {
     "info": "what is built, what is available, and why not",
     "inspect": "taps of a timm model: widths, grids, prefix tokens",
+    "cache": "keep what a teacher says of a data set, for runs of distill that then do not load it",
     "distill": "train a student with a teacher",
     "bench": "measure the kernels and the loss against their peers",
     "report": "a page of tables and pictures from run folders, or from a record of bench",
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("lfcc_kernels"):
             raise
         return _fail(
-            f"{error.name} is not installed; pip install 'lfcc-kernels[train,report,bench]' brings what is missing"
+            f"{error.name} is not installed; pip install 'lfcc-kernels[train,data,report,bench]' brings what is missing"
         )
     except (OSError, ValueError, FloatingPointError) as error:
         return _fail(str(error))
@@ -37,6 +38,11 @@ def _run(argv: list[str]) -> int:
         from lfcc_kernels.distill.command import distill
 
         distill(argv[1:])
+        return 0
+    if argv[:1] == ["cache"]:
+        from lfcc_kernels.distill.cache_command import cache
+
+        cache(argv[1:])
         return 0
     if argv[:1] == ["bench"]:
         from lfcc_kernels.bench.command import bench

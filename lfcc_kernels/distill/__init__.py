@@ -1,21 +1,31 @@
 """A thin loop that distills one vision model into another: needs the extra `lfcc-kernels[train]`."""
 
+from .batches import Batch, Batches
+from .cache import CacheError, TeacherCache
 from .checkpoint import CheckpointError, load_checkpoint
-from .distiller import Distiller, TeacherOutputs, build_lfcc
+from .distiller import CachedGradients, Distiller, StudentOutputs, TeacherOutputs, build_lfcc
 from .features import FeatureExtractor, Tap, available_taps, create_extractor, default_taps
-from .loop import Batch, Batches, FitSettings, fit
+from .loop import Terminated, fit
+from .models import TeacherInput
 from .run_folder import RunFolder, read_csv
+from .settings import FitSettings
 
 __all__ = [
     "Batch",
     "Batches",
+    "CacheError",
+    "CachedGradients",
     "CheckpointError",
     "Distiller",
     "FeatureExtractor",
     "FitSettings",
     "RunFolder",
+    "StudentOutputs",
     "Tap",
+    "TeacherCache",
+    "TeacherInput",
     "TeacherOutputs",
+    "Terminated",
     "available_taps",
     "build_lfcc",
     "create_extractor",

@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import Mixup, create_transform, resolve_data_config
 from timm.utils import random_seed
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
+from .batches import Batches
+from .build import choose_device, create_distiller, create_teacher, open_split
+from .cache import TeacherCache
+from .cache_identity import identity_of
 from .checkpoint import load_checkpoint
 from .config import as_config, create_parser, merge, read_yaml
-from .data import open_dataset
-from .distiller import Distiller, build_lfcc
-from .features import FeatureExtractor, available_taps, create_extractor, default_taps
-from .loader import EvaluationImages, TrainBatches, top1
-from .loop import FitSettings, fit
-from .models import TeacherInput, check_classes, create_model, load_teacher
+from .features import available_taps, default_taps
+from .loader import TrainBatches, evaluation_loader, top1
+from .loop import fit
+from .models import check_classes, create_model
+from .ranks import from_main, is_main, joined, rank, world_size
+from .readers import Stream
 from .run_folder import RunFolder
+from .sampling import loader_errors
+from .settings import FitSettings
+from .streams import StreamedBatches
 
 # Options that do not change what is computed.
 _FREE_ON_RESUME = {
@@ -31,6 +38,7 @@ _FREE_ON_RESUME = {
     "device",
     "log_interval",
     "checkpoint_interval",
+    "checkpoint_hist",
     "output",
     "experiment",
 }
@@ -49,11 +57,13 @@ def distill(argv: Sequence[str]) -> None:
         _require_same_run(as_config(args), checkpoint["config"])
     if args.student is None:
         raise ValueError("no student: name a timm model with --student")
-    if checkpoint is None:
-        name = f"{args.student}-{args.teacher or 'labels'}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = RunFolder(Path(args.output) / (args.experiment or name))
-        run.require_empty()
-    _train(args, run, checkpoint)
+    device = choose_device(args.device)
+    with joined(device):
+        if checkpoint is None:
+            name = f"{args.student}-{args.teacher or 'labels'}-{time.strftime('%Y%m%d-%H%M%S')}"
+            run = RunFolder(Path(args.output) / (args.experiment or from_main(name)))
+            run.require_empty()
+        _train(args, run, checkpoint, device)
 
 
 def _require_same_run(config: Mapping[str, Any], started: Mapping[str, Any]) -> None:
@@ -79,99 +89,103 @@ def find_checkpoint(resume: str, output: str, experiment: str | None) -> Path:
     return path.absolute()
 
 
-def _train(args: argparse.Namespace, run: RunFolder, checkpoint: Mapping[str, Any] | None) -> None:
-    device = _device(args.device)
-    random_seed(args.seed)
-    train, val = (open_dataset(args.dataset, args.data_dir, split) for split in ("train", "val"))
+def _train(
+    args: argparse.Namespace, run: RunFolder, checkpoint: Mapping[str, Any] | None, device: torch.device
+) -> None:
+    random_seed(args.seed)  # the same weights on all ranks
+    train, val = (open_split(args, split) for split in ("train", "val"))
     classes = len(train.classes)
     student = create_model(args.student, image_size=args.img_size, num_classes=classes, **args.student_kwargs)
-    data_config = resolve_data_config({"img_size": args.img_size}, model=student)
-    teacher = _create_teacher(args, student, classes, data_config["input_size"][-1])
-    check_classes(
-        args.dataset,
-        train.classes,
-        val.classes,
-        teacher.model.num_classes if args.kd_alpha and teacher else None,
-    )
-    distiller = _create_distiller(args, student, teacher, data_config["input_size"][-1]).to(device)
+    data_config = resolve_data_config({"img_size": args.img_size, "crop_pct": args.crop_pct}, model=student)
+    image_size = data_config["input_size"][-1]
+    cache = _open_cache(args, data_config, train)
+    teacher = cache or create_teacher(args, student, classes, image_size)
+    head = None if teacher is None else teacher.num_classes if cache else teacher.model.num_classes
+    check_classes(args.dataset, train.classes, val.classes, head if args.kd_alpha else None)
+    random_seed(args.seed)  # the same projections, whether a teacher was made before or not
+    distiller = create_distiller(args, student, teacher, image_size).to(device)
     settings = FitSettings(**{field.name: getattr(args, field.name) for field in fields(FitSettings)})
-    train_batches = TrainBatches(
-        train,
-        create_transform(
-            **data_config,
-            is_training=True,
-            no_aug=not args.aug,
-            scale=args.scale,
-            hflip=args.hflip,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa,
-        ),
+    batches = _create_batches(args, train, data_config, cache, device)
+    val_loader = evaluation_loader(
+        val,
+        create_transform(**data_config),
         batch_size=args.batch_size,
-        seed=args.seed,
         workers=args.workers,
-        device=device,
+        rank=rank(),
+        world_size=world_size(),
     )
-    val_images = EvaluationImages(val, create_transform(**data_config))
-    val_loader = DataLoader(val_images, args.batch_size, num_workers=args.workers, generator=torch.Generator())
     evaluate = functools.partial(top1, loader=val_loader, num_classes=classes)
 
-    precision = str(settings.precision(device)).removeprefix("torch.")
-    print(f"{run.root}: {len(train)} training and {len(val)} validation images, on {device} in {precision}")
-    if teacher is not None:
+    if is_main():
+        precision = str(settings.precision(device)).removeprefix("torch.")
+        images = f"{len(train)} training and {len(val)} validation images"
+        processes = f"{world_size()} processes, first " if world_size() > 1 else ""
+        print(f"{run.root}: {images}, on {processes}{device} in {precision}")
+    if distiller.teacher is not None:
         teacher.to(device)
         if args.kd_alpha and checkpoint is None:
-            print(f"teacher  top1 {evaluate(nn.Sequential(teacher.preprocess, teacher.model)):.4g}")
-    fit(distiller, train_batches, evaluate, settings, run, checkpoint=checkpoint, config=as_config(args))
+            accuracy = evaluate(nn.Sequential(teacher.preprocess, teacher.model))
+            if is_main():
+                print(f"teacher  top1 {accuracy:.4g}", flush=True)
+    random_seed(args.seed, rank())  # dropout of its own on each
+    with loader_errors():
+        fit(distiller, batches, evaluate, settings, run, checkpoint=checkpoint, config=as_config(args))
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _create_teacher(
-    args: argparse.Namespace, student: nn.Module, classes: int, image_size: int
-) -> FeatureExtractor | None:
-    if not (args.kd_alpha or args.lfcc_beta):
+def _open_cache(args: argparse.Namespace, data_config: Mapping[str, Any], train: Dataset) -> TeacherCache | None:
+    """The cache in the teacher's place, after a check that it is this run's."""
+    if args.teacher_cache is None or not (args.kd_alpha or args.lfcc_beta):
         return None
-    if args.teacher is None:
-        raise ValueError("no teacher: name a timm model with --teacher, or set --kd-alpha 0 --lfcc-beta 0")
-    size = args.teacher_img_size or image_size
-    model = load_teacher(args.teacher, args.teacher_checkpoint, classes, image_size=size, **args.teacher_kwargs)
-    return create_extractor(
-        model.eval(),
-        args.teacher_taps if args.lfcc_beta else (),
-        image_size=size,
-        preprocess=TeacherInput(student, model, size),
-    )
-
-
-def _create_distiller(
-    args: argparse.Namespace, student: nn.Module, teacher: FeatureExtractor | None, image_size: int
-) -> Distiller:
-    extractor = create_extractor(student, args.student_taps if args.lfcc_beta else (), image_size=image_size)
-    lfcc = None
-    if args.lfcc_beta:
-        lfcc = build_lfcc(
-            extractor,
-            teacher,
-            scales=args.lfcc_scales,
-            temperature=args.lfcc_temperature,
-            direction=args.lfcc_direction,
-            student_filter=args.lfcc_student_filter,
-            teacher_filter=args.lfcc_teacher_filter,
-            learnable_temperature=args.lfcc_learnable_temperature,
+    if args.aug or args.mixup or args.cutmix:
+        raise ValueError(
+            "--teacher-cache holds what the teacher says of images as validation sees them, and of their flips: give "
+            "--no-aug, without --mixup and --cutmix"
         )
-    return Distiller(
-        extractor,
-        teacher,
-        lfcc,
-        alpha=args.kd_alpha,
-        beta=args.lfcc_beta,
-        kd_temperature=args.kd_temperature,
-    )
+    cache = TeacherCache.open(args.teacher_cache)
+    cache.require(identity_of(args, data_config, train))
+    return cache
+
+
+def _create_batches(
+    args: argparse.Namespace,
+    train: Dataset | Stream,
+    data_config: Mapping[str, Any],
+    cache: TeacherCache | None,
+    device: torch.device,
+) -> Batches:
+    mix = None
+    if args.mixup or args.cutmix:
+        mix = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            label_smoothing=args.smoothing,
+            num_classes=len(train.classes),
+        )
+    training = {
+        "is_training": True,
+        "no_aug": not args.aug,
+        "scale": args.scale,
+        "hflip": args.hflip,
+        "color_jitter": args.color_jitter,
+        "auto_augment": args.aa,
+        "re_prob": args.reprob,
+        "re_mode": "pixel",
+    }
+    transform = create_transform(**data_config, **({} if cache else training))
+    options = {
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "workers": args.workers,
+        "device": device,
+        "rank": rank(),
+        "world_size": world_size(),
+        "mix": mix,
+    }
+    if isinstance(train, Stream):
+        return StreamedBatches(train, transform, **options)
+    return TrainBatches(train, transform, **options, cache=cache, hflip=args.hflip)
 
 
 def inspect_model(name: str, image_size: int | None = None) -> str:

@@ -255,4 +255,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _blank_images(model: nn.Module, image_size: int | tuple[int, int]) -> Tensor:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
+    return next(model.parameters()).new_zeros(1, 3, height, width)

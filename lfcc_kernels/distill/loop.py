@@ -59,11 +59,12 @@ _SHOWN = (
 
 
 class Terminated(SystemExit):
-    """The run was told to end, and saved: its exit code is 143, that of a process that SIGTERM ended."""
+    """The run was told to end, and saved. Its exit code is 143, that of a process which SIGTERM ended."""
 
     def __init__(self, step: int, checkpoint: Path) -> None:
         super().__init__(143)
-        self.message = f"terminated after update {step}, which {checkpoint} holds: go on with --resume"
+        if is_main():
+            print(f"terminated after update {step}, saved in {checkpoint}: go on with --resume", file=sys.stderr)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """timm models by name for student and teacher, and the way from the student's images to the teacher's."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,12 +50,17 @@ def load_teacher(name: str, checkpoint: str | None, num_classes: int, *, image_s
         raise FileNotFoundError(f"no teacher checkpoint at {checkpoint}") from None
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise CheckpointError(f"{checkpoint} is damaged or no checkpoint ({str(error).splitlines()[0]})") from error
-    classifier = timm.models.get_pretrained_cfg_value(name, "classifier") if timm.is_model(name) else None
+    try:
+        classifier = timm.models.get_pretrained_cfg_value(name, "classifier") if timm.is_model(name) else None
+    except RuntimeError as error:  # a tag that timm does not know
+        raise ValueError(f"--teacher {name}: {error}") from error
     head = weights.get(f"{classifier}.weight")
     model = create_model(name, image_size=image_size, num_classes=num_classes if head is None else len(head), **kwargs)
+    # Brings the names of older versions of timm up to date, as timm does for its own files.
+    update_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda weights, model: weights)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
+        model.load_state_dict(update_names(weights, model))
+    except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint} does not fit {name}: {str(error)[:300]}") from error
     return model
 

@@ -28,13 +28,8 @@ def parallelize(distiller: Distiller, average: nn.Module | None, *, shard: bool,
         return distiller
     device = next(distiller.parameters()).device
     if not shard:
-        # Statistics of BatchNorm stay each rank's own until `share_buffers`, instead of a broadcast every step.
-        return DistributedDataParallel(
-            distiller,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        on_gpu = {"device_ids": [device]} if device.type == "cuda" else {}
+        return DistributedDataParallel(distiller, gradient_as_bucket_view=True, **on_gpu)
     mesh = init_device_mesh(device.type, (world_size(),))
     for model in (distiller.student.model, average):
         for block in _blocks(model) if model is not None else ():

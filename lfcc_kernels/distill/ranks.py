@@ -32,8 +32,8 @@ def joined(device: torch.device) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         raise ConnectionError(
-            f"rank {dist.get_rank()}: another process of the run has ended or does not answer, and says why itself; "
-            "the last checkpoint is whole: start all of them again with --resume"
+            f"rank {dist.get_rank()}: another process has ended or does not answer, and says why itself; what is on "
+            "disk is whole: start all of them again, lfcc distill with --resume"
         ) from error
     finally:
         dist.destroy_process_group()

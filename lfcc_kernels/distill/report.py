@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -132,10 +133,12 @@ def _terms(runs: Sequence[Run]) -> Picture:
     terms = [term for term in _TERMS if any(term in row for run in runs for row in run.steps)]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
-        for run in runs:
+        for run, style in zip(runs, cycle(("-", "--", ":")), strict=False):  # where one hides another, both are seen
             rows = [row for row in run.steps if term in row]
             # A run without this term takes its turn too, so that it has one color in all panels.
-            axes.plot([row["step"] for row in rows], [row[term] for row in rows], label=run.name if rows else None)
+            axes.plot(
+                [row["step"] for row in rows], [row[term] for row in rows], style, label=run.name if rows else None
+            )
         _label(axes, "updates", _TERMS[term])
     return Picture("terms", "Loss terms", "Each term before its weight, as a mean between two log rows.", figure)
 

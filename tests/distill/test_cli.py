@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lfcc_kernels.cli import main
-from lfcc_kernels.distill import command, load_checkpoint, loop, read_csv
+from lfcc_kernels.distill import build, load_checkpoint, loop, read_csv
 from lfcc_kernels.distill.checkpoint import save_checkpoint
 from lfcc_kernels.distill.config import create_parser
 
@@ -86,7 +86,7 @@ def test_the_teacher_sees_images_of_its_own_size(teacher: Path) -> None:
     args = create_parser().parse_args(
         f"--teacher test_resnet --teacher-checkpoint {teacher} --teacher-img-size 64".split()
     )
-    extractor = command._create_teacher(args, timm.create_model("test_vit"), classes=10, image_size=32)
+    extractor = build.create_teacher(args, timm.create_model("test_vit"), classes=10, image_size=32)
     _, features = extractor(torch.randn(2, 3, 32, 32))
     assert [tuple(map.shape[2:]) for map in features] == [(16, 16), (8, 8), (4, 4), (2, 2)]
 
@@ -142,14 +142,14 @@ def test_what_must_be_named(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_classes_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    opened = command.open_dataset
+    opened = build.open_dataset
 
-    def fewer(name: str, root: str, split: str):
-        dataset = opened(name, root, split)
+    def fewer(name: str, root: str, split: str, **options):
+        dataset = opened(name, root, split, **options)
         dataset.classes = dataset.classes[:9] if split == "val" else dataset.classes
         return dataset
 
-    monkeypatch.setattr(command, "open_dataset", fewer)
+    monkeypatch.setattr(build, "open_dataset", fewer)
     assert lfcc(f"{DIGITS} --student test_resnet --kd-alpha 0 --lfcc-beta 0 --epochs 1 --output {tmp_path}") == 1
     assert "digits has 10 classes for training and 9 others for validation" in capsys.readouterr().err
 

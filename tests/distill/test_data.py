@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from torchvision.datasets import CIFAR10
 
 from lfcc_kernels.distill import cifar10, data
 from lfcc_kernels.distill.cifar10 import fetch_cifar10, read_cifar10
-from lfcc_kernels.distill.data import open_dataset
+from lfcc_kernels.distill.data import ImageArrays, fingerprint, open_dataset
 
 BATCH = 4  # records a file, where the original has 10,000
 
@@ -226,10 +227,12 @@ def test_image_folder(tmp_path):
     dataset = open_dataset("folder", tmp_path, "train")
     assert dataset.classes == ["cat", "dog"]
     assert [(image.getpixel((0, 0))[0], label) for image, label in dataset] == [(0, 0), (1, 1)]
+    (tmp_path / "val").rename(tmp_path / "held-out")
+    assert len(open_dataset("folder", tmp_path, "val", split_name="held-out")) == 2
 
 
 def test_bad_image_folder_is_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere/train: expected"):
+    with pytest.raises(FileNotFoundError, match=r"nothing at .*nowhere/train: expected train/CLASS/IMAGE"):
         open_dataset("folder", tmp_path / "nowhere", "train")
     (tmp_path / "train" / "cat").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="is no image folder") as caught:
@@ -247,7 +250,50 @@ def test_digits():
 
 
 def test_unknown_name_and_split(tmp_path):
-    with pytest.raises(ValueError, match="unknown data set 'imagenet'; known are folder, cifar10"):
+    with pytest.raises(ValueError, match=r"unknown data set 'imagenet'; known are folder, tar, cifar10, .*, wds/NAME"):
         open_dataset("imagenet", tmp_path, "train")
+    with pytest.raises(ValueError, match="unknown data set 'wds'"):
+        open_dataset("wds", tmp_path, "train")
     with pytest.raises(ValueError, match='"train" or "val", got \'test\''):
         open_dataset("digits", tmp_path, "test")
+    with pytest.raises(ValueError, match="digits has no split 'small', only train and validation"):
+        open_dataset("digits", tmp_path, "val", split_name="small")
+    with pytest.raises(ValueError, match="digits has 10 classes and not 11"):
+        open_dataset("digits", tmp_path, "val", num_classes=11)
+
+
+def test_the_fingerprint_of_arrays_follows_pixels_labels_and_order():
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 1, 0])
+    original = fingerprint(ImageArrays(images, labels, "ab"))
+    assert fingerprint(ImageArrays(images.copy(), labels.copy(), "ab")) == original
+    spotted = images.copy()
+    spotted[3, 7, 7, 2] = 1
+    others = [(spotted, labels), (spotted[::-1], labels), (images, labels[::-1] ^ 1), (images[:3], labels[:3])]
+    assert len({original, *(fingerprint(ImageArrays(*arrays, "ab")) for arrays in others)}) == 5
+
+
+def test_the_fingerprint_of_a_folder_follows_names_sizes_and_classes(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "a" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "a" / "train" / name / "0.png")
+
+    def current(root: str = "a") -> str:
+        return fingerprint(open_dataset("folder", tmp_path / root, "train"))
+
+    seen = [current()]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert current("b") == seen[0]
+    cat = tmp_path / "a" / "train" / "cat"
+    Image.new("RGB", (64, 64)).save(cat / "0.png")
+    seen.append(current())
+    (cat / "0.png").rename(cat / "1.png")
+    seen.append(current())
+    (cat / "1.png").rename(tmp_path / "a" / "train" / "dog" / "1.png")
+    Image.new("RGB", (8, 8)).save(cat / "1.png")
+    seen.append(current())
+    assert len(set(seen)) == 4
+
+
+def test_what_has_no_fingerprint_says_so():
+    with pytest.raises(ValueError, match="a list has no fingerprint, which a teacher cache needs"):
+        fingerprint([(Image.new("RGB", (8, 8)), 0)])

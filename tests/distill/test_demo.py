@@ -1,5 +1,6 @@
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import lfcc_kernels as lk
 from lfcc_kernels.distill import TeacherOutputs
 from lfcc_kernels.distill.data import ImageArrays
 from lfcc_kernels.distill.demo import __main__ as demo
+from lfcc_kernels.distill.demo import ranks as demo_ranks
 from lfcc_kernels.distill.demo.experiment import ARMS, Experiment, Setting, compare
 from lfcc_kernels.distill.demo.images import UNLABELLED, Images, TrainingBatches
 from lfcc_kernels.distill.demo.teacher import fit_linear_head, load_efficientnet_lite0
-from lfcc_kernels.distill.run_folder import read_csv
+from lfcc_kernels.distill.run_folder import RunFolder, read_csv
 
 SETTING = Setting(
     labelled=20, pool=40, watched=8, epochs=2, updates=3, batch_size=8, teacher_image_size=64, scales=(1, 2)
@@ -141,3 +143,19 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "fetch_cifar10", no_network)
     assert demo.main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "demo: error: CIFAR-10 could not be fetched\n"
+
+
+@pytest.mark.parametrize(("factor", "together"), [(1 + 1e-6, True), (1.02, False)])
+def test_curves_that_part_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture, factor: float, together: bool
+) -> None:
+    for name, scale in (("one-process", 1.0), ("two-processes", factor)):
+        with RunFolder(tmp_path / name).log(0) as log:
+            for step in (1, 2):
+                log.step({"step": step, "loss": scale * 5 / step, "ce": 1.0})
+            last = {"top1": 1.0, "best_top1": 1.0, "seconds": 1.0, "images_per_second": 9.0, "loss_share": 0.1}
+            log.epoch({"epoch": 1, "step": 2, **last})
+    assert demo_ranks.compare(tmp_path) is together
+    output = capsys.readouterr().out
+    assert f"{'lies on' if together else 'parts from'} that of one: over 2 updates" in output
+    assert "2.500000" in output and (tmp_path / "report.html").is_file()

@@ -1,15 +1,20 @@
+import os
 import random
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform
-from torch.utils.data import DataLoader
+from timm.data import Mixup, create_transform
 
-from lfcc_kernels.distill.loader import EvaluationImages, TrainBatches, top1
+from lfcc_kernels.distill.data import open_dataset
+from lfcc_kernels.distill.distiller import TeacherOutputs
+from lfcc_kernels.distill.loader import TrainBatches
 from lfcc_kernels.distill.models import TeacherInput
+from lfcc_kernels.distill.sampling import LoaderError, PairMixup, loader_errors
 
 IMAGES = [
     (Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24), dtype=np.uint8)), i % 3) for i in range(10)
@@ -17,13 +22,20 @@ IMAGES = [
 TRANSFORM = create_transform(16, is_training=True, auto_augment="rand-m9-mstd0.5", re_prob=0.5)
 
 
-def batches(workers: int = 0, seed: int = 0) -> TrainBatches:
-    return TrainBatches(IMAGES, TRANSFORM, batch_size=3, seed=seed, workers=workers)
+PLAIN = create_transform(24, is_training=True, no_aug=True)
+
+
+def batches(workers: int = 0, seed: int = 0, batch_size: int = 3, **options) -> TrainBatches:
+    return TrainBatches(IMAGES, TRANSFORM, batch_size=batch_size, seed=seed, workers=workers, **options)
 
 
 def drawn(source: TrainBatches, epoch: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels, _ = zip(*source.epoch(epoch, first), strict=True)
+    images, labels, *_ = zip(*source.epoch(epoch, first), strict=True)
     return torch.stack(images), torch.stack(labels)
+
+
+def mixup(**options) -> Mixup:
+    return Mixup(**{"mixup_alpha": 1.0, "label_smoothing": 0.0, "num_classes": 3, **options})
 
 
 def test_an_epoch_follows_from_its_number_alone() -> None:
@@ -59,22 +71,160 @@ def test_the_global_generators_are_left_alone() -> None:
 
 
 def test_every_image_comes_once() -> None:
-    plain = create_transform(24, is_training=True, no_aug=True)
-    source = TrainBatches(IMAGES, plain, batch_size=5, seed=0)
+    source = TrainBatches(IMAGES, PLAIN, batch_size=5, seed=0)
     means = torch.cat([batch.images.mean((1, 2, 3)) for batch in source.epoch(0)])
     assert len(means.unique()) == len(IMAGES)
 
 
-def test_top1_counts_in_evaluation_mode() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=3)
-    dataset = EvaluationImages(IMAGES, create_transform(32))
-    images, labels = next(iter(DataLoader(dataset, len(IMAGES))))
-    accuracy = top1(model, DataLoader(dataset, 4), num_classes=3)
-    assert not model.training
-    with torch.no_grad():
-        expected = (model(images).argmax(1) == labels).float().mean().item()
-    assert accuracy == pytest.approx(100 * expected)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_see_together_what_one_process_sees(world_size: int) -> None:
+    alone = [batches(batch_size=2 * world_size).epoch(epoch=1)]
+    ranks = [batches(batch_size=2, rank=rank, world_size=world_size).epoch(epoch=1) for rank in range(world_size)]
+    number = 0
+    for whole, *parts in zip(*alone, *ranks, strict=True):
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+        number += 1
+    assert number == len(batches(batch_size=2, world_size=world_size)) == len(IMAGES) // (2 * world_size)
+
+
+def test_a_rank_takes_an_epoch_up_in_the_middle() -> None:
+    options = {"batch_size": 2, "rank": 1, "world_size": 2, "workers": 1}
+    images, _ = drawn(batches(**options), epoch=1)
+    assert torch.equal(images[1:], drawn(batches(**options), epoch=1, first=1)[0])
+
+
+@pytest.mark.parametrize("mix", [mixup(), mixup(mode="elem"), mixup(mode="pair")])
+def test_ids_name_the_two_images_that_were_mixed(mix: Mixup) -> None:
+    """Each mixed image is lam * x_i + (1 - lam) * x_j, with lam from its label, j the other image of its id."""
+    images = [(image, label) for label, (image, _) in enumerate(IMAGES[:8])]
+    mix.num_classes = len(images)
+    plain = TrainBatches(images, PLAIN, batch_size=4, seed=3)
+    for batch, unmixed in zip(
+        TrainBatches(images, PLAIN, batch_size=4, seed=3, mix=mix).epoch(0), plain.epoch(0), strict=True
+    ):
+        assert batch.labels.shape == (4, 8) and batch.labels.dtype == torch.float32 and unmixed.ids is None
+        for i in range(4):
+            (j,) = [j for j in range(4) if j != i and batch.ids[j] == batch.ids[i]]
+            lam, rest = batch.labels[i, unmixed.labels[i]], batch.labels[i, unmixed.labels[j]]
+            torch.testing.assert_close(lam + rest, torch.tensor(1.0))
+            torch.testing.assert_close(batch.images[i], lam * unmixed.images[i] + rest * unmixed.images[j])
+        assert not torch.allclose(batch.images, unmixed.images)
+
+
+def test_an_id_belongs_to_one_pair_of_an_epoch() -> None:
+    images = IMAGES + IMAGES[:6]
+    ids = [
+        batch.ids
+        for rank in range(2)
+        for batch in TrainBatches(images, PLAIN, batch_size=4, seed=0, rank=rank, world_size=2, mix=mixup()).epoch(0)
+    ]
+    # By the order of the epoch: rank 0 has 0..3 and 8..11, rank 1 the others.
+    assert torch.stack(ids).tolist() == [[0, 1, 1, 0], [8, 9, 9, 8], [4, 5, 5, 4], [12, 13, 13, 12]]
+
+
+def test_a_mixed_epoch_can_be_taken_up_in_the_middle() -> None:
+    options = {"batch_size": 2, "mix": mixup(cutmix_alpha=1.0, mixup_alpha=0.8)}
+    images, labels = drawn(batches(**options), epoch=1)
+    np.random.seed(7)
+    rest, rest_labels = drawn(batches(workers=2, **options), epoch=1, first=2)
+    assert torch.equal(images[2:], rest) and torch.equal(labels[2:], rest_labels)
+
+
+def test_mixing_differs_by_seed_epoch_batch_and_rank() -> None:
+    def share(seed: int = 0, epoch: int = 0, batch: int = 0, rank: int = 0) -> float:
+        mix = PairMixup(mixup(num_classes=2), batch_size=2, seed=seed, rank=rank, world_size=2)
+        return mix(torch.zeros(2, 3, 4, 4), torch.arange(2), epoch=epoch, batch=batch).labels[0, 0].item()
+
+    assert share() == share()
+    assert len({share(), share(seed=1), share(epoch=1), share(batch=1), share(rank=1)}) == 5
+
+
+def test_mixing_leaves_numpy_alone() -> None:
+    np.random.seed(0)
+    expected = np.random.rand()
+    np.random.seed(0)
+    drawn(batches(batch_size=2, mix=mixup()), epoch=0)
+    assert np.random.rand() == expected
+
+
+class Rows:
+    """A teacher cache whose row is the index and whether the image is flipped."""
+
+    def __init__(self, flips: bool = True) -> None:
+        self.flips = flips
+
+    def row(self, index: int, flipped: bool) -> torch.Tensor:
+        return torch.tensor([index, float(flipped)])
+
+    def outputs(self, rows: torch.Tensor) -> TeacherOutputs:
+        return TeacherOutputs(rows, None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_gives_the_rows_of_the_images(workers: int) -> None:
+    source = TrainBatches(IMAGES, PLAIN, batch_size=5, seed=0, workers=workers, cache=Rows(), hflip=0.5)
+    seen = []
+    for batch in source.epoch(0):
+        for image, (index, flipped) in zip(batch.images, batch.teacher.logits.tolist(), strict=True):
+            expected = PLAIN(IMAGES[int(index)][0].convert("RGB"))
+            assert torch.equal(image, expected.flip(-1) if flipped else expected)
+            seen.append((index, flipped))
+    assert sorted(index for index, _ in seen) == list(range(10))
+    assert 0 < sum(flipped for _, flipped in seen) < 10
+    never = TrainBatches(IMAGES, PLAIN, batch_size=5, seed=0, cache=Rows(flips=False))
+    assert not any(batch.teacher.logits[:, 1].any() for batch in never.epoch(0))
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be even, got 3"):
+        batches(mix=mixup())
+    with pytest.raises(ValueError, match="no mixed images: leave out mixup and cutmix, or the cache"):
+        batches(batch_size=2, mix=mixup(), cache=Rows())
+    with pytest.raises(ValueError, match="no flipped images: leave out the flips"):
+        batches(cache=Rows(flips=False), hflip=0.5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named(workers: int, tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (tmp_path / "train" / "cat").mkdir(parents=True, exist_ok=True)
+        IMAGES[0][0].save(tmp_path / "train" / "cat" / name)
+    broken = tmp_path / "train" / "cat" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    images = open_dataset("folder", tmp_path, "train")
+    with pytest.raises(LoaderError, match=f"^image {broken} cannot be read: .+") as caught:
+        list(TrainBatches(images, PLAIN, batch_size=2, seed=0, workers=workers).epoch(0))
+    assert "\n" not in str(caught.value)
+
+
+class Killing:
+    """Images of which one kills the process that reads it, as the kernel does when there is no memory left."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return IMAGES[index]
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    with pytest.raises(LoaderError, match=r"died \(.*pid.*\): .* lower --workers") as caught:
+        list(TrainBatches(Killing(), PLAIN, batch_size=2, seed=0, workers=2).epoch(0))
+    assert isinstance(caught.value, OSError) and "\n" not in str(caught.value)
+
+
+def test_only_errors_of_the_loader_are_translated() -> None:
+    worker = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    full = (
+        f"{worker}RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+    )
+    with pytest.raises(LoaderError, match=r"unable to allocate shared memory.*/dev/shm"), loader_errors():
+        raise RuntimeError(full)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), loader_errors():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_the_teacher_sees_its_own_normalisation_and_size() -> None:

@@ -70,6 +70,23 @@ def test_best_follows_the_averaged_student(tmp_path: Path) -> None:
     assert (summary["top1"], summary["top1_ema"], summary["best_top1"]) == (90, 60, 70)
 
 
+@pytest.mark.parametrize("scores", [(10, 30, 20), (30, 10, 20), (10, 20, 30), (30, 30, 30)])
+def test_the_checkpoints_of_the_best_epochs_are_kept(tmp_path: Path, scores: tuple[int, ...]) -> None:
+    settings, left = replace(SETTINGS, checkpoint_hist=2, model_ema=False), iter(scores)
+    fit(make_distiller(), ToyBatches(), lambda model: float(next(left)), settings, RunFolder(tmp_path))
+    best = sorted(enumerate(scores, start=1), key=lambda epoch: -epoch[1])[:2]  # of equals, the earlier one
+    for name, (epoch, score) in zip(("best", "best-2"), best, strict=True):
+        progress = load_checkpoint(tmp_path / f"checkpoints/{name}.pt")["progress"]
+        assert (progress["epoch"], progress["summary"]["top1"]) == (epoch, score)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.pt", "best-2.pt", "last.pt"}
+
+
+def test_an_epoch_ends_with_its_last_whole_update(tmp_path: Path) -> None:
+    summary = run(tmp_path, ToyBatches(batches=5), accum_steps=2)
+    assert summary["step"] == 3 * 2
+    assert [row["step"] for row in read_csv(tmp_path / "summary.csv")] == [2, 4, 6]
+
+
 def test_the_average_lies_between_the_first_and_the_last_student(tmp_path: Path) -> None:
     run(tmp_path, ToyBatches(), model_ema_decay=0.5)
     checkpoint = load_checkpoint(tmp_path / "checkpoints/last.pt")

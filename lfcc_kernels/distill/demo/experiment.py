@@ -78,6 +78,23 @@ class Outcome:
     summary: dict[str, float]
 
 
+def create_student(classes: int, seed: int) -> FeatureExtractor:
+    """A Vision Transformer of 64 tokens and four blocks, 142,000 parameters, for 32 x 32 pixels."""
+    torch.manual_seed(seed)
+    model = timm.models.VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2,
+        class_token=False,
+        global_pool="avg",
+        num_classes=classes,
+    )
+    return create_extractor(model, image_size=32)
+
+
 class Experiment:
     """The split, the teacher and what it says of the pool; then `train` an arm."""
 
@@ -93,7 +110,7 @@ class Experiment:
 
     def _teach(self, model: nn.Module) -> None:
         setting = self.setting
-        student = self._create_student()
+        student = create_student(self.classes, setting.seed)
         model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.teacher = create_extractor(
             model,
@@ -107,29 +124,13 @@ class Experiment:
         batches = self.pool.batches(setting.batch_size, f"teacher looks at {len(self.pool):,} photographs")
         self.taught = teach_all(self.teacher, lfcc, batches)
 
-    def _create_student(self) -> FeatureExtractor:
-        """A Vision Transformer of 64 tokens and four blocks, 142,000 parameters."""
-        torch.manual_seed(self.setting.seed)
-        model = timm.models.VisionTransformer(
-            img_size=32,
-            patch_size=4,
-            embed_dim=64,
-            depth=4,
-            num_heads=4,
-            mlp_ratio=2,
-            class_token=False,
-            global_pool="avg",
-            num_classes=self.classes,
-        )
-        return create_extractor(model, image_size=32)
-
     def _create_lfcc(self, student: FeatureExtractor) -> LFCCLoss:
         return build_lfcc(student, self.teacher, scales=self.setting.scales)
 
     def train(self, arm: Arm, output: Path) -> Outcome:
         """Train a student in the run folder `output`/`arm.folder`, then judge it by all test images."""
         setting = self.setting
-        student = self._create_student()
+        student = create_student(self.classes, setting.seed)
         distiller = Distiller(
             student,
             lfcc=self._create_lfcc(student) if "lfcc" in arm.terms else None,

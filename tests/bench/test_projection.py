@@ -1,0 +1,290 @@
+"""The projection's formulas against tensors: what is alive, what travels between gloo processes, what is computed."""
+
+import contextlib
+import itertools
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo import in_ranks
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import lfcc_kernels as lk
+from lfcc_kernels.bench import projection
+from lfcc_kernels.bench.cases.ofa import MODELS
+from lfcc_kernels.bench.projection import Run
+from lfcc_kernels.functional import info_nce_group
+
+timm = pytest.importorskip("timm")
+from lfcc_kernels.distill import Distiller  # noqa: E402
+
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+ROWS = 24  # of a rank in an update
+DIRECTIONS = ("student_to_teacher", "teacher_to_student", "symmetric")
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that were made and are not freed yet, at their peak also by the op that made them; FLOPs of
+    our ops; and the gradients that travel."""
+
+    def __init__(self, others: list[Tensor]) -> None:
+        super().__init__()
+        self.others = {x.untyped_storage()._cdata: x for x in others}  # which keeps them, and so their addresses
+        self.alive: dict[int, tuple[str, int]] = {}
+        self.flops = self.peak = self.message = 0
+        self.shapes: set[tuple[int, ...]] = set()
+        self.received = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name()
+        if name.startswith("lfcc::info_nce"):
+            rows, keys = args[1:3] if "grad" in name else args[:2]
+            self.flops += FLOPS[name] * len(rows) * keys.numel()
+        results = op(*args, **(kwargs or {}))
+        if name == "_c10d_functional::reduce_scatter_tensor":
+            self.received += {"gradient": args[0].nbytes - results.nbytes, "whole gradient": args[0].nbytes}
+        for x in tree_leaves(results):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                self.note(name, x)
+        return results
+
+    def note(self, name: str, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        self.shapes.add(tuple(x.shape))
+        if storage._cdata not in self.others and storage._cdata not in self.alive:
+            self.alive[storage._cdata] = name, storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        if self.now() > self.peak:
+            self.peak, self.by_op = self.now(), Counter()
+            for name, size in self.alive.values():
+                self.by_op[name] += size
+
+    def now(self) -> int:
+        return sum(size for _, size in self.alive.values())
+
+
+# Of a pair of values, as lfcc_kernels/ops/info_nce.py counts.
+FLOPS = {"lfcc::info_nce": 2, "lfcc::info_nce_one_pass": 4, "lfcc::info_nce_grad": 4}
+
+
+@contextlib.contextmanager
+def gathers(alive: Alive) -> Iterator[None]:
+    """Notes what gathers bring, which lie inside an op of ours, and leaves out of what is alive what they send: gloo's
+    thread lets go of it at a moment of its own."""
+    collectives = torch.ops._c10d_functional
+    gather, exchange = collectives.all_gather_into_tensor, dist.all_gather
+
+    def all_gather_into_tensor(rows: Tensor, *options: Any) -> Tensor:
+        result = gather(rows, *options)
+        what = "ids" if rows.dtype == torch.int64 else "rows"
+        alive.received[what] += result.nbytes - rows.nbytes
+        alive.message = max(alive.message, rows.nbytes)
+        alive.alive.pop(rows.untyped_storage()._cdata, None)
+        return result
+
+    def all_gather(results: list[Tensor], mine: Tensor, **options: Any) -> None:
+        exchange(results, mine, **options)
+        alive.received["headers"] += sum(x.nbytes for x in results) - mine.nbytes
+
+    with (
+        mock.patch.object(collectives, "all_gather_into_tensor", all_gather_into_tensor),
+        mock.patch.object(dist, "all_gather", all_gather),
+    ):
+        yield
+
+
+# Directions, types of the teacher's values with ids or without, and batches of an update, on 1, 2 and 4 ranks.
+CASES = [
+    Run((8, 16), (64, 128), ROWS // steps, ranks, steps, direction=direction, teacher_bytes=size, ids=ids)
+    for ranks, direction, (size, ids), steps in itertools.product(
+        (1, 2, 4), DIRECTIONS, ((4, False), (2, True)), (1, 4)
+    )
+]
+
+
+def features(run: Run, learn: bool) -> list[list[Tensor]]:
+    """Maps of all stages, batch by batch."""
+    channels = run.student_channels if learn else run.teacher_channels
+    dtype = torch.bfloat16 if run.teacher_bytes == 2 and not learn else torch.float32
+    maps = [[torch.randn(run.rows, c, 8, 8, dtype=dtype) for c in channels] for _ in range(run.accum_steps)]
+    return [[x.requires_grad_(learn) for x in stages] for stages in maps]
+
+
+def measure(run: Run, gather: str | dist.ProcessGroup) -> dict[str, Any]:
+    """What one update takes on this rank."""
+    students, teachers = features(run, True), features(run, False)
+    lfcc = loss_of(run, gather)
+    ids = [torch.arange(run.rows) for _ in teachers] if run.ids else None
+    alive = Alive([*itertools.chain(*students, *teachers), *lfcc.parameters(), *(ids or ())])
+    found: dict[str, Any] = {}
+
+    def contrast(*rows: Any, **options: Any) -> Tensor:
+        loss = lk.LFCCLoss.contrast(lfcc, *rows, **options)
+        found.update(contrast=alive.peak, by_op=alive.by_op)
+        alive.peak = 0
+        return loss
+
+    lfcc.contrast = contrast
+    with lk.use_backend("cpu"), gathers(alive), alive:
+        if run.accum_steps == 1:
+            lfcc(students[0], teachers[0], ids and ids[0]).backward()
+        else:
+            with torch.no_grad():
+                pyramids = [lfcc.student_pyramids(maps) for maps in students]
+                teachers = [lfcc.teacher_pyramids(maps) for maps in teachers]
+            cached = Distiller(nn.Identity(), None, lfcc).cache_gradients(pyramids, teachers, ids)
+            found["cached"] = sum(x.nbytes for batch in cached for x in batch.pyramids)
+    return found | {
+        "received": alive.received,
+        "message": alive.message,
+        "backward": alive.peak,
+        "flops": alive.flops,
+        "dense": (run.own, run.batch) in alive.shapes,
+    }
+
+
+def loss_of(run: Run, gather: str | dist.ProcessGroup) -> lk.LFCCLoss:
+    channels = run.student_channels, run.teacher_channels
+    return lk.LFCCLoss(*channels, scales=run.scales, direction=run.direction, gather=gather)
+
+
+def ddp_traffic(run: Run) -> int:
+    """Bytes of the gradients that DDP sums."""
+    sizes = []
+
+    def note(group: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        sizes.append(bucket.buffer().nbytes)
+        return allreduce_hook(group, bucket)
+
+    module = nn.parallel.DistributedDataParallel(loss_of(run, "none"))
+    module.register_comm_hook(None, note)
+    module(features(run, True)[0], features(run, False)[0]).backward()
+    return sum(sizes)
+
+
+def run_rank() -> dict[Any, Any]:
+    groups = {1: "none", 2: dist.new_subgroups(2)[0], 4: "auto"}
+    found: dict[Any, Any] = {run: measure(run, groups[run.ranks]) for run in CASES}
+    return found | {"ddp": ddp_traffic(CASES[0])}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of four ranks measured, alone, in pairs and together."""
+    if "cpu" not in lk.available_backends():
+        pytest.skip("the kernels are not compiled")
+    return in_ranks(4, tmp_path_factory.mktemp("ranks"), run_rank)
+
+
+@pytest.fixture(
+    params=CASES, ids=lambda run: f"{run.ranks} ranks-{run.direction}-t{run.teacher_bytes}-K{run.accum_steps}"
+)
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.param
+
+
+@pytest.fixture
+def found(ranks: list[dict], run: Run) -> dict:
+    """What every rank measured of a run, which is the same on all of them."""
+    first, *others = [rank[run] for rank in ranks]
+    assert all(other == first for other in others)
+    return first
+
+
+def test_what_travels(run: Run, found: dict) -> None:
+    received = found["received"]
+    assert received["rows"] == run.rows_received
+    assert received["ids"] == run.ids_received
+    assert received["headers"] == run.headers_received
+    assert received["gradient"] == run.gradient_received
+    assert received["whole gradient"] == run.gathered_gradient
+    assert received.total() - received["whole gradient"] == run.received
+    assert found["message"] == run.message
+
+
+def test_what_is_alive_by_what_made_it(run: Run, found: dict) -> None:
+    made, own = found["by_op"], run.own * run.width
+    cells = run.student_cells if run.accum_steps == 1 else 0
+    assert made["lfcc::lowpass"] == run.teacher_bytes * own + cells
+    assert made["aten::mm"] == run.student_pyramids
+    assert made["aten::_to_copy"] == run.teacher_pyramids - run.teacher_bytes * own + run.raised_keys
+    assert made["lfcc::gather_rows"] == run.gathered
+    assert made["lfcc::info_nce_one_pass"] == pytest.approx(run.row_gradients, rel=0.01)  # and numbers of rows
+    assert made["aten::cat"] == run.joined
+
+
+def test_what_is_alive_when_all_pairs_have_their_loss(run: Run, found: dict) -> None:
+    assert run.contrast <= found["contrast"] <= 1.01 * run.contrast
+    assert not found["dense"]
+
+
+def test_the_backward_pass_adds_two_gradients_at_most(run: Run, found: dict) -> None:
+    more = max(2 * run.student_pyramids, run.gathered_gradient)
+    assert found["backward"] <= 1.01 * (run.contrast + more)
+
+
+def test_flops_are_those_of_the_ops(run: Run, found: dict) -> None:
+    assert found["flops"] == run.flops
+
+
+def test_gradients_are_cached_where_an_update_has_several_batches(run: Run, found: dict) -> None:
+    assert found.get("cached", 0) == run.cached_gradients
+
+
+def test_ddp_sums_the_gradients_of_all_parameters(ranks: list[dict]) -> None:
+    run = replace(CASES[0], ranks=4)
+    for found in ranks:
+        assert run.gradients_received(0) == 2 * 3 * found["ddp"] // 4
+
+
+def test_a_contrast_by_plain_products_keeps_the_logits() -> None:
+    run, saved = Run((), (8,), rows=6, ranks=3), []
+    pairs = [(torch.randn(run.own, w, requires_grad=True), torch.randn(run.batch, w)) for w in run.widths]
+    with lk.use_backend("eager"), FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            loss = info_nce_group(*zip(*pairs, strict=True)).mean()
+        loss.backward()
+    logits = {x.data_ptr(): x.nbytes for x in saved if x.shape == (run.own, run.batch)}
+    assert sum(logits.values()) >= run.logits
+    assert counter.get_total_flops() == run.flops
+
+
+def test_what_triton_takes_beside() -> None:
+    pytest.importorskip("triton")
+    from lfcc_kernels.backends.triton import info_nce_group as triton
+    from lfcc_kernels.backends.triton.runtime import chip
+    from lfcc_kernels.backends.triton.tiles import table
+
+    run = Run((), (64, 128), rows=32, ranks=16)
+    rows = [[torch.randn(number, w) for w in run.widths] for number in (run.own, run.batch)]
+    chunk = table(chip(rows[0][0].device).capability)["chunk_bytes"]
+    temperature = torch.tensor(0.1)
+    with Alive([*itertools.chain(*rows), temperature]) as alive:
+        triton.info_nce_group(*rows, temperature, None, None, 0, True)
+    assert 0.85 * run.workspace(chunk) <= alive.peak - run.row_gradients <= run.workspace(chunk)
+
+
+@pytest.mark.parametrize(("student", "teacher", "_", "parameters"), projection.PAIRS)
+def test_students_have_as_many_parameters(student: str, teacher: str, _: int, parameters: int) -> None:
+    assert sum(p.numel() for p in timm.create_model(MODELS[student].timm).parameters()) == parameters
+
+
+def test_the_page_has_the_tables_and_its_snippet_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text()
+    for table in (projection.images(), projection.runs(), projection.runs((65536,), scales=(1, 2, 4, 7))):
+        assert table in page
+    snippet, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", page, re.DOTALL).groups()
+    exec(snippet, {})
+    assert capsys.readouterr().out == printed

@@ -1,0 +1,324 @@
+"""Teacher caches: what is kept, how it is made, and what is refused."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gloo import in_ranks
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from toy_runs import CLASSES, make_distiller
+
+from lfcc_kernels import files
+from lfcc_kernels.distill import TeacherOutputs
+from lfcc_kernels.distill.cache import CacheError, Manifest, TeacherCache
+from lfcc_kernels.distill.cache_writer import CacheWriter, prepare
+
+IMAGES = 11  # in parts of 4: two whole ones and a short one
+DISTILLER = make_distiller()
+MANIFEST = Manifest(
+    identity={"teacher": {"model": "test_resnet", "weights": "toy"}, "flips": True},
+    taps=DISTILLER.teacher.taps,
+    num_classes=CLASSES,
+    cells=1 + 4,
+    images=IMAGES,
+    precision="float32",
+    images_per_part=4,
+)
+
+
+def images() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(IMAGES, 3, 32, 32, generator=generator), torch.zeros(IMAGES))
+
+
+def make(
+    folder: Path, manifest: Manifest = MANIFEST, teach: Callable[[Tensor], TeacherOutputs] = DISTILLER.teach
+) -> CacheWriter:
+    prepare(folder, manifest)
+    writer = CacheWriter(folder, manifest, images(), teach)
+    writer.write(batch_size=3, workers=0, device=torch.device("cpu"), progress=lambda images: None)
+    return writer
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)  # as in every test: the same threads give the same bits
+    folder = tmp_path_factory.mktemp("caches") / "whole"
+    make(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_cached_teacher_says_what_the_teacher_says(tmp_path: Path, dtype: str, flipped: bool) -> None:
+    make(tmp_path / "cache", replace(MANIFEST, dtype=dtype))
+    cache = TeacherCache.open(tmp_path / "cache")
+    assert (len(cache), cache.num_classes, cache.flips) == (IMAGES, CLASSES, True)
+    assert cache.taps == DISTILLER.teacher.taps and cache.channels == DISTILLER.teacher.channels
+
+    order = [10, 0, 4, 3, 7, 8]  # from every part, its ends among them
+    shown = torch.stack([images()[index][0] for index in order])
+    live = DISTILLER.teach(shown.flip(-1) if flipped else shown)
+    kept = cache.outputs(torch.stack([cache.row(index, flipped) for index in order]))
+    # Half a unit in the last place, under which float16 has its subnormals; the batches differ, so float32 rounds too.
+    rounding = {"rtol": 2**-11 + 1e-5, "atol": 2**-24 + 1e-5} if dtype == "float16" else {"rtol": 1e-5, "atol": 1e-5}
+    for mine, yours in zip([kept.logits, *kept.pyramids], [live.logits, *live.pyramids], strict=True):
+        assert mine.dtype == torch.float32 and mine.is_contiguous()
+        torch.testing.assert_close(mine, yours, **rounding)
+    other = DISTILLER.teach(shown if flipped else shown.flip(-1))
+    assert all((mine - yours).abs().max() > 1e-2 for mine, yours in zip(kept.pyramids, other.pyramids, strict=True))
+
+
+def test_without_flips_and_without_pyramids(tmp_path: Path) -> None:
+    manifest = replace(MANIFEST, identity={"teacher": {}}, taps=(), cells=0)
+    make(tmp_path / "cache", manifest, lambda images: DISTILLER.teach(images)._replace(pyramids=None))
+    cache = TeacherCache.open(tmp_path / "cache")
+    assert not cache.flips and cache.channels == []
+    kept = cache.outputs(torch.stack([cache.row(index, False) for index in range(IMAGES)]))
+    assert kept.logits.shape == (IMAGES, CLASSES) and kept.pyramids is None
+    assert np.load(tmp_path / "cache/part-00002.npy").shape == (3, 1, CLASSES)
+    with pytest.raises(CacheError, match="has no flipped images: make a cache with --hflip, or run with --hflip 0"):
+        cache.row(0, flipped=True)
+    for index in (-1, IMAGES):
+        with pytest.raises(IndexError, match=f"image {index} is not in .*cache, which has 11"):
+            cache.row(index, flipped=False)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class CountedTeacher:
+    """A teacher that counts how often it saw each image, flipped or not, and may break off before a batch."""
+
+    def __init__(self, breaks_at: int = 1000) -> None:
+        self.seen, self.batches_left = Counter(), breaks_at
+
+    def __call__(self, images: Tensor) -> TeacherOutputs:
+        if self.batches_left == 0:
+            raise Interrupted
+        self.batches_left -= 1
+        self.seen.update(image.sum(dim=(0, 1)).numpy().tobytes() for image in images)  # sums differ under a flip
+        return DISTILLER.teach(images)
+
+
+def test_an_interrupted_cache_goes_on_and_makes_no_part_twice(tmp_path: Path, whole: Path) -> None:
+    first, second, folder = CountedTeacher(breaks_at=7), CountedTeacher(), tmp_path / "cache"
+    with pytest.raises(Interrupted):  # in the second of two batches of the second part, at its flip
+        make(folder, teach=first)
+    assert contents(folder).keys() == {"cache.json", "part-00000.npy"}
+    with pytest.raises(CacheError, match=r"2 of 3 parts of the cache .* are missing or damaged, first part-00001\.npy"):
+        TeacherCache.open(folder)
+    (folder / ".tmp-1-part-00001.npy").write_bytes(b"of a killed process")
+    made = (folder / "part-00000.npy").stat()
+
+    assert make(folder, teach=second).views == 2 * (IMAGES - 4)
+    assert contents(folder) == contents(whole)
+    assert (folder / "part-00000.npy").stat() == made
+    assert len(second.seen) == 2 * (IMAGES - 4) and set(second.seen.values()) == {1}
+    third = CountedTeacher()
+    make(folder, teach=third)
+    assert not third.seen
+
+
+def make_and_count(folder: Path) -> tuple[list[int], int]:
+    writer = CacheWriter(folder, MANIFEST, images(), DISTILLER.teach)
+    parts = writer.parts
+    writer.write(batch_size=3, workers=0, device=torch.device("cpu"), progress=lambda images: None)
+    return parts, writer.views
+
+
+def test_two_ranks_share_the_parts(tmp_path: Path, whole: Path) -> None:
+    prepare(tmp_path / "cache", MANIFEST)
+    (tmp_path / "ranks").mkdir()
+    of_ranks = in_ranks(2, tmp_path / "ranks", make_and_count, tmp_path / "cache")
+    assert of_ranks == [([0, 2], 2 * 7), ([1], 2 * 4)]
+    assert contents(tmp_path / "cache") == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"identity": {"teacher": {"model": "vgg11", "weights": "toy"}, "flips": True}},
+            "teacher model is vgg11, and te",
+        ),
+        ({"identity": {"teacher": {"model": "test_resnet", "weights": "toy"}}}, "identity flips is None, and True in"),
+        ({"images": 12}, "images is 12, and 11 in the cache"),
+        ({"precision": "bfloat16"}, "precision is bfloat16, and float32 in the cache"),
+        ({"dtype": "float32"}, "dtype is float32, and float16 in the cache"),
+    ],
+)
+def test_another_cache_is_never_overwritten(copy: Path, changes: dict, message: str) -> None:
+    before = contents(copy)
+    with pytest.raises(CacheError, match=f"there is another cache in .*copy: .*{message}.*; name another folder"):
+        prepare(copy, replace(MANIFEST, **changes))
+    assert contents(copy) == before
+
+
+def test_neither_is_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    for place in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(FileExistsError, match="is not empty and no teacher cache: name another folder"):
+            prepare(place, MANIFEST)
+    assert contents(tmp_path) == {"thesis.tex": b"precious"}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def spoil_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"'<f2'", b"'<i2'"))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, lengthen, spoil_header])
+def test_a_damaged_part_is_named_and_made_again(copy: Path, whole: Path, damage: Callable[[Path], None]) -> None:
+    damage(copy / "part-00001.npy")
+    with pytest.raises(
+        CacheError, match=r"1 of 3 parts .* missing or damaged, first part-00001\.npy: run its `lfcc ca"
+    ):
+        TeacherCache.open(copy)
+    assert make(copy).views == 2 * 4
+    assert contents(copy) == contents(whole)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "list", "lacking", "unknown", "binary"])
+def test_a_damaged_manifest_is_named(copy: Path, damage: str) -> None:
+    path = copy / "cache.json"
+    text, fields = path.read_text(), json.loads(path.read_text())
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": text[: len(text) // 2].encode(),
+            "list": b"[]",
+            "lacking": json.dumps({name: value for name, value in fields.items() if name != "images"}).encode(),
+            "unknown": json.dumps({**fields, "colour": "red"}).encode(),
+            "binary": b"\xff\xfe",
+        }[damage]
+    )
+    with pytest.raises(CacheError, match=r"cache\.json is damaged .*: delete .*copy and make the cache again"):
+        TeacherCache.open(copy)
+
+
+def test_no_cache_and_a_cache_of_another_format(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no teacher cache in nowhere: make it by `lfcc cache nowhere`"):
+        TeacherCache.open("nowhere")
+    path = copy / "cache.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(CacheError, match="has cache format 2, expected 1: make the cache again"):
+        TeacherCache.open(copy)
+
+
+def test_a_full_disk_leaves_the_finished_parts(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, synced = tmp_path / "cache", []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 4:  # after the manifest and two parts
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(OSError, match=r"the disk of .*cache is full; the parts made so far stay: make room") as caught:
+        make(folder)
+    assert caught.value.errno == errno.ENOSPC
+    assert contents(folder).keys() == {"cache.json", "part-00000.npy", "part-00001.npy"}
+    make(folder)
+    assert contents(folder) == contents(whole)
+
+
+def test_other_errors_of_the_disk_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path / "cache", MANIFEST)
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        make_and_count(tmp_path / "cache")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 2 * IMAGES * (CLASSES + 5 * sum(DISTILLER.teacher.channels)) * 2
+    free = [rows - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free[0]))
+    with pytest.raises(OSError, match=r"needs .* kB more and its disk has .* kB: choose another disk"):
+        prepare(tmp_path / "new/cache", MANIFEST)
+    assert list(tmp_path.iterdir()) == []
+    free[0] = 0
+    assert prepare(whole, MANIFEST) == []  # nothing is missing there
+    free[0] = rows
+    assert prepare(tmp_path / "new/cache", MANIFEST) == [0, 1, 2]
+
+
+def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
+    def teach(images: Tensor, factor: float) -> TeacherOutputs:
+        outputs = DISTILLER.teach(images)
+        return outputs._replace(pyramids=[pyramid * factor for pyramid in outputs.pyramids])
+
+    with pytest.raises(CacheError, match=r"reach \S+e\+\d+, which float16 cannot hold: .* --cache-dtype float32"):
+        make(tmp_path / "half", teach=lambda images: teach(images, 1e7))
+    with pytest.raises(CacheError, match="outputs in float32 are not all finite: check its weights, or"):
+        make(tmp_path / "nan", teach=lambda images: teach(images, float("nan")))
+    assert contents(tmp_path / "half").keys() == contents(tmp_path / "nan").keys() == {"cache.json"}
+    make(tmp_path / "single", replace(MANIFEST, dtype="float32"), lambda images: teach(images, 1e7))
+    assert TeacherCache.open(tmp_path / "single").row(0, False).max() > 65504
+
+
+class Rows(Dataset):
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.cache.row(index, flipped=True)
+
+
+def test_other_processes_read_it_too(whole: Path) -> None:
+    cache = TeacherCache.open(whole)
+    expected = torch.stack([cache.row(index, True) for index in range(IMAGES)])  # with all parts open
+    pickled = pickle.dumps(cache)
+    assert len(pickled) < 5000
+    assert torch.equal(pickle.loads(pickled).row(3, True), expected[3])
+    loader = DataLoader(Rows(cache), IMAGES, num_workers=1)
+    assert torch.equal(next(iter(loader)), expected)
+
+
+def test_few_files_are_open_at_once(tmp_path: Path) -> None:
+    """A part has a file descriptor, of which a process may have no more than 1,024."""
+    folder, manifest = tmp_path / "cache", replace(MANIFEST, taps=(), images=200, images_per_part=1)
+    prepare(folder, manifest)
+    for part in range(200):
+        row = np.full((1, 2, CLASSES), part, np.float16)
+        np.save(manifest.path(folder, part), row)
+    cache = TeacherCache.open(folder)  # NumPy's own files are as good
+    assert [int(cache.row(index, True)[0]) for index in range(200)] == list(range(200))
+    opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert 0 < sum(path.startswith(str(folder)) for path in opened) <= 128
