@@ -44,6 +44,7 @@ class Learnable(nn.Module):
         return self._filters(self.row_logits, height), self._filters(self.col_logits, width)
 
     def _filters(self, logits: Tensor, size: int) -> Tensor:
+        size = len(range(size))  # a number where torch.compile traces a symbol, from a second map size on
         resample, outside = _resampling(self.scales, size, self.TAPS, logits.device)
         # A product and a sum, not a matrix product: autocast would take that to bfloat16.
         at_cells = (resample.to(logits.dtype) * logits[:, None, :]).sum(2)

@@ -49,6 +49,15 @@ def test_one_graph_serves_every_batch_size(backend: str, name: str) -> None:
     assert graphs.frame_count == 1
 
 
+@pytest.mark.parametrize("filter", ["average", "learnable", "gaussian", "dct"])
+def test_a_compiled_pyramid_takes_maps_of_other_sizes(compiled_kernels: str, filter: str) -> None:
+    pyramid = lk.LowPassPyramid((1, 2), filter)
+    compiled = torch.compile(pyramid, fullgraph=True, backend="aot_eager")
+    for size in (7, 9, 12, 7):
+        x = randn(2, 3, size, size + 1)
+        torch.testing.assert_close(compiled(x), pyramid(x))
+
+
 def test_no_gradient(backend: str) -> None:
     x = randn(2, 3, 7, 7)
     compiled = torch.compile(lk.lowpass, fullgraph=True, backend="aot_eager")

@@ -58,6 +58,8 @@ class Stream:
     ) -> None:
         self.name = name
         self._place, self._options = (name, root, split), dict(keys)
+        if name.startswith("wds/") and keys["input_key"]:
+            self._options["input_key"] = f"{keys['input_key']};jpg"  # as timm calls the image that it has decoded
         if name.startswith("hfids/"):
             split, _, number = split.partition("|")
             self._place, self._options["num_samples"] = (name, root, split), int(number) if number else None

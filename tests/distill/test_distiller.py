@@ -116,3 +116,47 @@ def test_taps_that_do_not_match() -> None:
         build_lfcc(extractor([1]), extractor([1, 2]))
     with pytest.raises(ValueError, match="the teacher's tap 4 is 1 x 1, smaller than scale 2"):
         build_lfcc(extractor([1]), extractor([4]), scales=(1, 2))
+
+
+def test_nothing_but_forward_reaches_a_parameter() -> None:
+    """DDP and FSDP synchronise what runs inside `forward`, so nothing else may leave a gradient."""
+    distiller = make_distiller()
+    outputs = distiller.teach(IMAGES)
+    assert not any(pyramid.requires_grad for pyramid in (outputs.logits, *outputs.pyramids))
+    cached = distiller.cache_gradients([distiller(IMAGES).pyramids], [outputs.pyramids], None)
+    assert not any(gradient.requires_grad for gradient in cached[0].pyramids)
+    assert all(p.grad is None for p in distiller.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "taps"),
+    [
+        ("test_resnet", [2, 3]),
+        ("test_vit", [2, 5]),
+        ("test_convnext", [1, 2]),
+        ("test_efficientnet", [2, 3]),
+        ("test_vit", ["blocks.1", "blocks.4"]),
+        ("test_resnet", ["layer2", "layer3"]),
+    ],
+    ids=str,
+)
+def test_students_compile_without_a_break(name: str, taps: list) -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8} if "vit" in name else {}
+    student = create_extractor(timm.create_model(name, num_classes=CLASSES, **options), taps, image_size=32)
+    teacher = make_distiller().teacher
+    distiller = Distiller(student, teacher, build_lfcc(student, teacher, scales=(1, 2))).eval()
+    keys, outputs = list(distiller.state_dict()), distiller.teach(IMAGES)
+    expected = distiller(IMAGES, LABELS, outputs)
+    expected["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in distiller.named_parameters()}
+    distiller.zero_grad()
+
+    distiller.compile(backend="aot_eager")  # fullgraph: a break raises
+    found = distiller(IMAGES, LABELS, outputs)
+    found["loss"].backward()
+    for term in expected:
+        torch.testing.assert_close(found[term], expected[term])
+    for name, p in distiller.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert list(distiller.state_dict()) == keys  # no _orig_mod

@@ -100,6 +100,14 @@ def test_an_epoch_has_each_image_with_its_label(stream: Stream, workers: int) ->
     assert numbers(drawn(source, epoch=1)[0]) != numbers(images)
 
 
+@pytest.mark.parametrize("input_key", [None, "png", "jpg;png"])
+def test_images_of_shards_are_found_by_their_extension(tmp_path: Path, input_key: str | None) -> None:
+    write_shards(tmp_path)
+    options = {"split_name": "train-0.tar|12", "num_classes": 3, "input_key": input_key}
+    images = [image for image, _ in open_dataset("wds/toy", tmp_path, "train", **options).read()]
+    assert sorted(image.getpixel((0, 0))[0] for image in images) == list(range(0, NUMBER, SHARDS))
+
+
 def test_images_are_shuffled_within_a_shard_anew_in_each_epoch(tmp_path: Path) -> None:
     write_shards(tmp_path)
     stream = open_dataset("wds/toy", tmp_path, "train", split_name="train-0.tar|12", num_classes=3)

@@ -196,3 +196,16 @@ def test_student_and_loss_compile_without_a_break() -> None:
         with torch.no_grad():
             for name, p in distiller.named_parameters():
                 p.add_(found[1][name])
+
+
+def test_channels_last_is_a_layout_and_no_other_result() -> None:
+    distiller, layouts = distiller_of("test_resnet"), []
+    expected = gradients(copy_of(distiller), [batch_of()])
+    for side in (distiller.student, distiller.teacher):
+        side.model.layer2.register_forward_hook(
+            lambda module, args, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+        )
+    found = gradients(distiller, [batch_of()], channels_last=True)
+    assert layouts == [True, True]
+    assert_same(found[0], expected[0])
+    assert_same(found[1], expected[1], rtol=1e-3)
