@@ -25,7 +25,7 @@ from .loader import TrainBatches, evaluation_loader, top1
 from .loop import fit
 from .models import check_classes, create_model
 from .ranks import from_main, is_main, joined, rank, world_size
-from .readers import Stream
+from .readers import STREAMED, Stream
 from .run_folder import RunFolder
 from .sampling import loader_errors
 from .settings import FitSettings
@@ -68,7 +68,8 @@ def distill(argv: Sequence[str]) -> None:
 
 def _require_same_run(config: Mapping[str, Any], started: Mapping[str, Any]) -> None:
     """Raises ValueError where a resumed run would no longer be the run that was started."""
-    for name in config.keys() - _FREE_ON_RESUME:
+    streamed = config["dataset"].split("/")[0] in STREAMED  # then each loader process has images of its own
+    for name in config.keys() - (_FREE_ON_RESUME - {"workers"} if streamed else _FREE_ON_RESUME):
         if config[name] != started.get(name):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {config[name]} and was {started.get(name)}: a run goes on "

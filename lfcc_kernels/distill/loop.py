@@ -117,7 +117,7 @@ def fit(
         if is_main():
             save_checkpoint(path, checkpoint)
 
-    distiller.clock = None if settings.torchcompile and settings.fsdp else window.timer.lap
+    distiller.clock = window.timer.lap
     with run.log(progress.step) as log, terminations() as terminated:
         while progress.epoch < settings.epochs:
             distiller.train()

@@ -1,7 +1,7 @@
 """The processes of one run, as `torchrun` starts them: one a GPU, or one alone.
 
-Everything here also works in a process that has joined no others. Plain values travel over gloo, so the host never
-waits for a GPU.
+Everything here also works in a process that has joined no others. Plain values travel over gloo where the process group
+has it, as that of `joined`, so the host does not wait for a GPU.
 """
 
 import os
@@ -81,14 +81,10 @@ def from_main(value: Any) -> Any:
     if not joined_others():
         return value
     values = [value]
-    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    dist.broadcast_object_list(values)
     return values[0]
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on one rank at least."""
-    if not joined_others():
-        return flag
-    flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
+    return any(gather_objects(flag))

@@ -16,7 +16,8 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
-PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+STREAMED = ("hfids", "tfds", "wds")
+PREFIXES = ("torch", "hfds", *STREAMED)
 _PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
 
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 import yaml
 
 from lfcc_kernels.cli import main
-from lfcc_kernels.distill import build, load_checkpoint, loop, read_csv
+from lfcc_kernels.distill import build, command, load_checkpoint, loop, read_csv
 from lfcc_kernels.distill.checkpoint import save_checkpoint
-from lfcc_kernels.distill.config import create_parser
+from lfcc_kernels.distill.config import as_config, create_parser
 
 DIGITS = "distill --dataset digits --img-size 32 --batch-size 128 --workers 0 --no-aug"
 STUDENT = "--student test_vit --student-kwargs patch_size=8 --student-taps 0 2 5"
@@ -80,6 +81,17 @@ def test_resume_from_the_command_line(tmp_path: Path, teacher: Path, capsys: pyt
     capsys.readouterr()
     assert lfcc(f"distill --resume {tmp_path}/broken --lr 1") == 1
     assert "--lr is 1.0 and was 0.0005: a run goes on with the options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dataset", "free"), [("folder", True), ("hfds/x", True), ("wds/x", False), ("hfids/x", False)]
+)
+def test_streams_are_resumed_with_as_many_workers(dataset: str, free: bool) -> None:
+    started, resumed = (
+        as_config(create_parser().parse_args(f"--dataset {dataset} -j {workers}".split())) for workers in (2, 4)
+    )
+    with nullcontext() if free else pytest.raises(ValueError, match="--workers is 4 and was 2"):
+        command._require_same_run(resumed, started)
 
 
 def test_the_teacher_sees_images_of_its_own_size(teacher: Path) -> None:
