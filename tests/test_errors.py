@@ -194,7 +194,7 @@ MODULES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     ),
     "student and teacher exchanged": (
         lambda: lk.LFCCLoss(**STAGES)(TEACHER, STUDENT), ValueError,
-        ["student_features[0]", "(2, 5, 8, 8)", "5 channels", "student_channels says 3"],
+        ["teacher_features[0]", "(2, 3, 8, 8)", "3 channels", "teacher_channels says 5"],
     ),
     "channels last in a map": (
         lambda: lk.LFCCLoss([3], [5])([randn(2, 8, 8, 3)], TEACHER[:1]), ValueError,

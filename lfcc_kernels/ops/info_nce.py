@@ -94,7 +94,6 @@ def _setup_rows(ctx, inputs, output):
     *pair, ctx.positive_offset, ctx.normalize, ctx.mean = inputs
     _loss, row_lse, student_grad, temperature_grad = output
     ctx.mark_non_differentiable(row_lse, student_grad, temperature_grad)
-    ctx.set_materialize_grads(False)  # zeros as large as the rows, for what has no gradient
     ctx.save_for_backward(*pair, row_lse, student_grad, temperature_grad)
 
 
@@ -125,7 +124,6 @@ def _setup_both(ctx, inputs, output):
     *pair, ctx.positive_offset, ctx.symmetric, ctx.normalize, ctx.mean = inputs
     _loss, row_lse, col_lse = output
     ctx.mark_non_differentiable(row_lse, col_lse)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*pair, row_lse, col_lse)
 
 

@@ -70,7 +70,6 @@ def _setup_context(ctx, inputs, output):
     _losses, student_grads, temperature_grads, columns = output
     ctx.widths, ctx.dtype = [student.shape[1] for student in students], students[0].dtype
     ctx.mark_non_differentiable(student_grads, temperature_grads, columns)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*students, temperature, student_grads, temperature_grads, columns)
 
 

@@ -63,7 +63,7 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
         merge(create_parser(), [], read_yaml(path))
 
 
-@pytest.mark.parametrize("text", ["epochs: 1.5", "epochs: many", "batch_size: 0", "sched: step", "aug: 3"])
+@pytest.mark.parametrize("text", ["epochs: 1.5", "epochs: many", "batch_size: 0", "sched: steps", "aug: 3"])
 def test_a_bad_value_is_refused_as_on_the_command_line(text: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         merge(create_parser(), [], yaml.safe_load(text))
