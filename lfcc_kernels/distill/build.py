@@ -1,17 +1,21 @@
 """From the options of a run to its device, data and models; `lfcc distill` and `lfcc cache` share them."""
 
 import argparse
+from dataclasses import fields
+from typing import Any
 
 import torch
+from timm.data import resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
 
 from .data import open_dataset
 from .distiller import Distiller, Tapped, build_lfcc
 from .features import FeatureExtractor, create_extractor
-from .models import TeacherInput, load_teacher
+from .models import TeacherInput, create_model, load_teacher
 from .ranks import local_rank
 from .readers import Stream
+from .settings import FitSettings
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -40,6 +44,16 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset | Stream:
         input_key=args.input_key,
         target_key=args.target_key,
     )
+
+
+def fit_settings(args: argparse.Namespace) -> FitSettings:
+    return FitSettings(**{field.name: getattr(args, field.name) for field in fields(FitSettings)})
+
+
+def create_student(args: argparse.Namespace, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The student, and timm's data config by which its images are prepared."""
+    student = create_model(args.student, image_size=args.img_size, num_classes=classes, **args.student_kwargs)
+    return student, resolve_data_config({"img_size": args.img_size, "crop_pct": args.crop_pct}, model=student)
 
 
 def create_teacher(

@@ -5,26 +5,23 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
-from .build import choose_device, create_distiller, create_teacher, open_split
+from .build import choose_device, create_distiller, create_student, create_teacher, fit_settings, open_split
 from .cache import Manifest, TeacherCache
 from .cache_identity import identity_of
 from .cache_writer import CacheWriter, in_units, prepare
 from .config import create_parser, merge, read_yaml
 from .distiller import TeacherOutputs
 from .loader import EvaluationImages
-from .models import check_classes, create_model
+from .models import check_classes
 from .ranks import barrier, is_main, joined
-from .settings import FitSettings
 
 _READ_BACK = 512  # images in the sample that is timed
 
@@ -67,22 +64,20 @@ def _parse(argv: Sequence[str]) -> tuple[Path, argparse.Namespace]:
 def _cache(folder: Path, args: argparse.Namespace, device: torch.device) -> None:
     dataset = open_split(args, "train")
     classes = len(dataset.classes)
-    student = create_model(args.student, image_size=args.img_size, num_classes=classes, **args.student_kwargs)
-    data_config = resolve_data_config({"img_size": args.img_size, "crop_pct": args.crop_pct}, model=student)
+    student, data_config = create_student(args, classes)
     identity = identity_of(args, data_config, dataset)
     image_size = data_config["input_size"][-1]
     teacher = create_teacher(args, student, classes, image_size).to(device)
     distiller = create_distiller(args, student, teacher, image_size).to(device)
     # Known here, it need not be found out from the finished cache.
     check_classes(args.dataset, dataset.classes, dataset.classes, teacher.model.num_classes if args.kd_alpha else None)
-    settings = FitSettings(**{field.name: getattr(args, field.name) for field in fields(FitSettings)})
-    precision = settings.precision(device)
+    settings = fit_settings(args)
 
     @torch.no_grad()
     def teach(images: Tensor) -> TeacherOutputs:
         if settings.channels_last:
             images = images.to(memory_format=torch.channels_last)
-        with nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision):
+        with settings.autocast(device):
             logits, features = teacher(images)
             # The logits are kept whatever they weigh: they take little room, and the next run may want them.
             return TeacherOutputs(logits, distiller.lfcc.teacher_pyramids(features) if distiller.lfcc else None)
@@ -94,7 +89,7 @@ def _cache(folder: Path, args: argparse.Namespace, device: torch.device) -> None
         num_classes=probe.logits.shape[1],
         cells=probe.pyramids[0].shape[1] if probe.pyramids else 0,
         images=len(dataset),
-        precision=str(precision).removeprefix("torch."),
+        precision=str(settings.precision(device)).removeprefix("torch."),
         dtype=args.cache_dtype,
     )
     if is_main():

@@ -4,7 +4,6 @@ import argparse
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .batches import Batches
-from .build import choose_device, create_distiller, create_teacher, open_split
+from .build import choose_device, create_distiller, create_student, create_teacher, fit_settings, open_split
 from .cache import TeacherCache
 from .cache_identity import identity_of
 from .checkpoint import load_checkpoint
@@ -28,7 +27,6 @@ from .ranks import from_main, is_main, joined, rank, world_size
 from .readers import STREAMED, Stream
 from .run_folder import RunFolder
 from .sampling import loader_errors
-from .settings import FitSettings
 from .streams import StreamedBatches
 
 # Options that do not change what is computed.
@@ -96,8 +94,7 @@ def _train(
     random_seed(args.seed)  # the same weights on all ranks
     train, val = (open_split(args, split) for split in ("train", "val"))
     classes = len(train.classes)
-    student = create_model(args.student, image_size=args.img_size, num_classes=classes, **args.student_kwargs)
-    data_config = resolve_data_config({"img_size": args.img_size, "crop_pct": args.crop_pct}, model=student)
+    student, data_config = create_student(args, classes)
     image_size = data_config["input_size"][-1]
     cache = _open_cache(args, data_config, train)
     teacher = cache or create_teacher(args, student, classes, image_size)
@@ -105,7 +102,7 @@ def _train(
     check_classes(args.dataset, train.classes, val.classes, head if args.kd_alpha else None)
     random_seed(args.seed)  # the same projections, whether a teacher was made before or not
     distiller = create_distiller(args, student, teacher, image_size).to(device)
-    settings = FitSettings(**{field.name: getattr(args, field.name) for field in fields(FitSettings)})
+    settings = fit_settings(args)
     batches = _create_batches(args, train, data_config, cache, device)
     val_loader = evaluation_loader(
         val,

@@ -75,6 +75,12 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def mirror_ids(first: int, size: int, device: torch.device) -> Tensor:
+    """(size,) integers for images number `first` and on: two that timm mixes with each other share one."""
+    number = torch.arange(first, first + size, device=device)
+    return torch.minimum(number, number.flip(0))
+
+
 class PairMixup:
     """Mixup or cutmix of a rank's batches. timm mixes image i with image B-1-i, so these two get one id: the place of
     the lower of the two in the order of the epoch, which no other pair has on any rank.
@@ -92,8 +98,8 @@ class PairMixup:
         """
         with seeded(draw_seed((self._seed, epoch, batch, self._rank))):
             images, labels = self._mix(images, labels)
-        place = (batch * self._world_size + self._rank) * self._size + torch.arange(self._size, device=images.device)
-        return Batch(images, labels, ids=torch.minimum(place, place.flip(0)))
+        first = (batch * self._world_size + self._rank) * self._size
+        return Batch(images, labels, ids=mirror_ids(first, self._size, images.device))
 
 
 def draw_seed(numbers: Sequence[int]) -> int:

@@ -1,5 +1,6 @@
 """How `fit` trains."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -37,3 +38,8 @@ class FitSettings:
         """The dtype of the matrix products and convolutions on `device`."""
         amp = device.type == "cuda" if self.amp is None else self.amp
         return getattr(torch, self.amp_dtype) if amp else torch.float32
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """A context in which these run in that dtype."""
+        dtype = self.precision(device)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

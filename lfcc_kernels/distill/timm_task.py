@@ -18,6 +18,7 @@ from .distiller import Distiller, TeacherOutputs, build_lfcc
 from .features import create_extractor
 from .models import TeacherInput, create_model
 from .ranks import rank
+from .sampling import mirror_ids
 
 try:
     from timm.task import TrainingTask
@@ -93,7 +94,8 @@ class LFCCTask(TrainingTask):
         Where targets are probabilities, images i and B-1-i are no negatives of each other: timm mixes those.
         """
         labels = target if self.criterion is None else target.new_full((len(target),), -100, dtype=torch.int64)
-        ids = _mirror_ids(target) if target.is_floating_point() else None
+        size = len(target)
+        ids = mirror_ids(rank() * size, size, target.device) if target.is_floating_point() else None
         terms = self.trainable_module(input, labels, self._teach(input), ids)
         result = {"output": terms.pop("logits"), **terms}
         if self.criterion is not None:
@@ -159,10 +161,3 @@ class LFCCTask(TrainingTask):
 
     def _distiller(self, module: nn.Module | None = None, ema: bool = False) -> Distiller:
         return unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
-
-
-def _mirror_ids(target: Tensor) -> Tensor:
-    """(B,) integers, equal for images i and B-1-i and for no other two, of all ranks too."""
-    batch = len(target)
-    index = torch.arange(batch, device=target.device)
-    return torch.minimum(index, batch - 1 - index) + rank() * batch

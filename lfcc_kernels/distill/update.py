@@ -30,21 +30,21 @@ def update(
     distiller, device = state.distiller, batches[0].images.device
     if settings.channels_last:
         batches = [batch._replace(images=batch.images.to(memory_format=torch.channels_last)) for batch in batches]
-    with _precision(device, settings):
+    with settings.autocast(device):
         teachers = [distiller.teach(batch.images) if batch.teacher is None else batch.teacher for batch in batches]
     timer.lap("teacher")
     generators, cached = [nullcontext() for _ in batches], [None for _ in batches]
     if len(batches) > 1 and "lfcc" in distiller.weights:
         generators, cached = _first_pass(distiller, batches, teachers, settings)
         timer.lap("loss")
-    counts = [labelled_images(batch.labels) for batch in batches if not batch.labels.is_floating_point()]
-    labelled = torch.stack(counts).mean() if counts else None
+    labelled = None
+    if not batches[0].labels.is_floating_point():
+        labelled = labelled_images(torch.cat([batch.labels for batch in batches])) / len(batches)
     results = []
-    for left, (batch, teacher, generator, cache) in zip(
-        reversed(range(len(batches))), zip(batches, teachers, generators, cached, strict=True), strict=True
-    ):
-        with no_sync(state.module) if left else nullcontext():
-            with generator, _precision(device, settings):
+    passes = zip(batches, teachers, generators, cached, strict=True)
+    for number, (batch, teacher, generator, cache) in enumerate(passes, start=1):
+        with no_sync(state.module) if number < len(batches) else nullcontext():
+            with generator, settings.autocast(device):
                 terms = state.module(batch.images, batch.labels, teacher, batch.ids, labelled=labelled, cached=cache)
             timer.lap("loss")
             state.scaler.scale(terms["loss"] / len(batches)).backward()
@@ -66,7 +66,7 @@ def _first_pass(
     with torch.no_grad(), _uncounted(distiller.student):
         for batch in batches:
             generators.append(_same_draws(device))
-            with _precision(device, settings):
+            with settings.autocast(device):
                 pyramids.append(distiller(batch.images).pyramids)
     ids = None if batches[0].ids is None else [batch.ids for batch in batches]
     return generators, distiller.cache_gradients(pyramids, [teacher.pyramids for teacher in teachers], ids)
@@ -87,11 +87,6 @@ def _step(state: TrainingState, settings: FitSettings) -> Tensor:
     if state.ema is not None:
         state.ema.update(distiller.student.model, step=progress.step)
     return grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-
-
-def _precision(device: torch.device, settings: FitSettings) -> AbstractContextManager:
-    dtype = settings.precision(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def _same_draws(device: torch.device) -> AbstractContextManager:
