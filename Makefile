@@ -34,7 +34,7 @@ test: $(STAMPS)/test $(STAMPS)/triton ## run the tests, those of the Triton kern
 	$(BIN)/python -m pytest -n auto --ignore tests/offline
 	$(BIN)/python -m pytest tests/offline
 	@echo "== the same kernels with $(OLD_TRITON)"
-	PYTHONPATH=$(OLD_TRITON_AT) $(BIN)/python -m pytest -n auto -k triton tests/test_info_nce_group.py tests/test_ops.py
+	PYTHONPATH=$(OLD_TRITON_AT) $(BIN)/python -m pytest -n auto -k triton tests/test_info_nce_foreach.py tests/test_ops.py
 	PYTHONPATH=$(OLD_TRITON_AT) $(BIN)/python -m pytest tests/offline/test_offline_compile.py
 
 lint: $(STAMPS)/lint ## check the style

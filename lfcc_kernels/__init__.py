@@ -1,17 +1,19 @@
 """Fused kernels for low-frequency contrastive distillation (LFCC) between vision architectures."""
 
-from lfcc_kernels.functional import info_nce, lowpass
+from lfcc_kernels.functional import info_nce, info_nce_foreach, lowpass, lowpass_foreach
 from lfcc_kernels.losses import InfoNCELoss, LFCCLoss, LowPassPyramid
 from lfcc_kernels.ops.dispatch import available_backends, use_backend
-
-__version__ = "0.1.0"
+from lfcc_kernels.version import __version__
 
 __all__ = [
     "InfoNCELoss",
     "LFCCLoss",
     "LowPassPyramid",
+    "__version__",
     "available_backends",
     "info_nce",
+    "info_nce_foreach",
     "lowpass",
+    "lowpass_foreach",
     "use_backend",
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lfcc_kernels.functional import info_nce_group
+from lfcc_kernels.functional import info_nce_foreach
 from lfcc_kernels.ops.gather_rows import arrived, gather_rows
 
 
@@ -63,7 +63,7 @@ def contrast_across_ranks(
     """
 
     def one_way(queries: Sequence[Tensor], query_ids: Tensor | None, keys: Sequence[Tensor], key_ids: Tensor | None):
-        return info_nce_group(
+        return info_nce_foreach(
             queries,
             [key.to(query.dtype) for key, query in zip(keys, queries, strict=True)],
             temperature=temperature,

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lfcc_kernels.ops import info_nce as info_nce_op
-from lfcc_kernels.ops import info_nce_group as info_nce_group_op
-from lfcc_kernels.ops import lowpass as lowpass_op
-from lfcc_kernels.ops import lowpass_group as lowpass_group_op
+from lfcc_kernels.ops import info_nce as info_nce_ops
+from lfcc_kernels.ops import lowpass as lowpass_ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIRECTIONS = ("student_to_teacher", "teacher_to_student", "symmetric")
@@ -49,10 +47,10 @@ def lowpass(
     """
     scales = check_scales(scales)
     grid = _check_lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
-    return lowpass_op.lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
+    return lowpass_ops.lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
 
 
-def lowpass_group(
+def lowpass_foreach(
     maps: Sequence[Tensor],
     scales: Sequence[int] = (1, 2, 4),
     *,
@@ -78,14 +76,14 @@ def lowpass_group(
     pairs = [(None, None)] * count if filters is None else filters
     if not count or not len(pairs) == len(grids) == len(prefix_tokens) == count:
         raise ValueError(
-            f"lowpass_group: {count} maps with {len(pairs)} pairs of filters, {len(grids)} grids and "
+            f"lowpass_foreach: {count} maps with {len(pairs)} pairs of filters, {len(grids)} grids and "
             f"{len(prefix_tokens)} prefix_tokens; expected as many of each, at least one"
         )
     scales = check_scales(scales)
     arguments = zip(maps, pairs, grids, prefix_tokens, strict=True)
     checked = [_check_lowpass(x, scales, *pair, grid, prefix) for x, pair, grid, prefix in arguments]
     rows, cols = ([], []) if filters is None else map(list, zip(*filters, strict=True))
-    return lowpass_group_op.lowpass_group(list(maps), scales, rows, cols, checked, list(prefix_tokens))
+    return lowpass_ops.lowpass_foreach(list(maps), scales, rows, cols, checked, list(prefix_tokens))
 
 
 def info_nce(
@@ -128,7 +126,7 @@ def info_nce(
     temperature, student_ids, teacher_ids = _check_info_nce(
         student, teacher, temperature, direction, student_ids, teacher_ids, positive_offset
     )
-    return info_nce_op.info_nce(
+    return info_nce_ops.info_nce(
         student,
         teacher,
         temperature,
@@ -141,7 +139,7 @@ def info_nce(
     )
 
 
-def info_nce_group(
+def info_nce_foreach(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     *,
@@ -158,11 +156,11 @@ def info_nce_group(
     """
     if not students or len(students) != len(teachers):
         raise ValueError(
-            f"info_nce_group: {len(students)} students and {len(teachers)} teachers; expected as many, at least one"
+            f"info_nce_foreach: {len(students)} students and {len(teachers)} teachers; expected as many, at least one"
         )
     options = temperature, direction, student_ids, teacher_ids, positive_offset
     checked = [_check_info_nce(*pair, *options) for pair in zip(students, teachers, strict=True)]
-    return info_nce_group_op.info_nce_group(
+    return info_nce_ops.info_nce_foreach(
         list(students), list(teachers), *checked[0], positive_offset, direction, normalize
     )
 

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 
 import torch
 
@@ -25,19 +24,6 @@ def report() -> str:
         "optional packages": _extras(),
     }
     return "\n\n".join(_section(title, rows) for title, rows in sections.items())
-
-
-def commit() -> str:
-    """The git commit of the checkout that this package runs from, with "-dirty" where files differ from it; empty for
-    an installed package."""
-    root = native.PACKAGE.parent
-    if not (root / ".git").exists():
-        return ""
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        return ""
 
 
 def _section(title: str, rows: dict[str, str]) -> str:

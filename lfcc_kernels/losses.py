@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from lfcc_kernels.distributed import RowsOfAllRanks, contrast_across_ranks, resolve_group
 from lfcc_kernels.filters import BANKS
-from lfcc_kernels.functional import DIRECTIONS, check_scales, info_nce, info_nce_group, lowpass, lowpass_group, map_size
+from lfcc_kernels.functional import (
+    DIRECTIONS,
+    check_scales,
+    info_nce,
+    info_nce_foreach,
+    lowpass,
+    lowpass_foreach,
+    map_size,
+)
 
 Gather = str | dist.ProcessGroup
 
@@ -130,7 +138,7 @@ class InfoNCELoss(nn.Module):
         group = resolve_group(self.gather)
         if group is not None:
             return contrast_across_ranks(students, teachers, temperature, self.direction, ids, ids, group, keys)
-        return info_nce_group(
+        return info_nce_foreach(
             students,
             teachers,
             temperature=temperature,
@@ -291,7 +299,7 @@ class LFCCLoss(nn.Module):
             pyramid.filters(feature, **layout)
             for pyramid, feature, layout in zip(pyramids, features, layouts, strict=True)
         ]
-        return lowpass_group(
+        return lowpass_foreach(
             features,
             self.scales,
             filters=None if filters[0] is None else filters,

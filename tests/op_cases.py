@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
-from lfcc_kernels.ops import info_nce_group, lowpass_group
+from lfcc_kernels.ops import info_nce, lowpass
 
 DIRECTIONS = ["student_to_teacher", "teacher_to_student", "symmetric"]
 
@@ -141,23 +141,23 @@ CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
         "info_nce_grad",
         lambda: (randn(4), *constants(*_rows(True, True)), _lse(), _lse(), True),
     ),
-    "many maps": ("lowpass_group", lambda: (_maps(), [1, 2], [], [], _GRIDS, [0, 0, 1])),
-    "many maps with filters": ("lowpass_group", lambda: (_maps(), [1, 2], *_all_filters(), _GRIDS, [0, 0, 1])),
+    "many maps": ("lowpass_foreach", lambda: (_maps(), [1, 2], [], [], _GRIDS, [0, 0, 1])),
+    "many maps with filters": ("lowpass_foreach", lambda: (_maps(), [1, 2], *_all_filters(), _GRIDS, [0, 0, 1])),
     "gradient of many maps": (
-        "lowpass_group_input_grad",
+        "lowpass_foreach_input_grad",
         lambda: (
             [randn(2, 5, 3) for _ in range(3)], [2, 3, 7, 5, 2, 3, 9, 8, 2, 36, 3], [0, 1, 0], [1, 2],
             *([x.detach() for x in side] for side in _all_filters()), _GRIDS, [0, 0, 1],
         ),
     ),
-    "many pairs": ("info_nce_group", _group),
-    "many pairs with ids": ("info_nce_group", lambda: _group(with_ids=True)),
+    "many pairs": ("info_nce_foreach", _group),
+    "many pairs with ids": ("info_nce_foreach", lambda: _group(with_ids=True)),
 }  # fmt: skip
 
 
 def skip_unless_served(name: str, backend: str) -> None:
     """Skips a call of an op that this backend does not have."""
-    groups = {"lowpass_group": lowpass_group, "info_nce_group": info_nce_group}
-    module = groups.get(name.removesuffix("_input_grad"))
-    if module is not None and backend not in module.BACKENDS:
-        pytest.skip(f"an op of {', '.join(module.BACKENDS)} alone")
+    modules = {"lowpass_foreach": lowpass, "info_nce_foreach": info_nce}
+    module = modules.get(name.removesuffix("_input_grad"))
+    if module is not None and backend not in module.FOREACH_BACKENDS:
+        pytest.skip(f"implemented by {', '.join(module.FOREACH_BACKENDS)} alone")

@@ -19,7 +19,7 @@ from lfcc_kernels import filters
 from lfcc_kernels.backends import cuda, triton
 from lfcc_kernels.ops.registration import op
 
-LOWPASS, INFO_NCE, GROUP = (f"lfcc.{name}.triton" for name in ("lowpass", "info_nce", "info_nce_group"))
+LOWPASS, INFO_NCE, GROUP = (f"lfcc.{name}.triton" for name in ("lowpass", "info_nce", "info_nce_foreach"))
 ONE_PASS = "lfcc.info_nce_one_pass.triton"
 
 

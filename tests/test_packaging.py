@@ -83,7 +83,7 @@ def test_kernels_load_without_cuda(symbols):
 
 
 @with_cuda
-@pytest.mark.parametrize("name", ["lowpass.cuda", "lowpass_group.cuda", "info_nce.cuda", "lowpass", "info_nce_grad"])
+@pytest.mark.parametrize("name", ["lowpass.cuda", "lowpass_foreach.cuda", "info_nce.cuda", "lowpass", "info_nce_grad"])
 def test_cuda_kernels_are_registered(name):
     """For Python by overloads of their own, for C++ programs by the op that serves CPU tensors too."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lfcc::{name}", "CUDA")

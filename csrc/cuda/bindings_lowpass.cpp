@@ -1,5 +1,5 @@
 // The ops lfcc::lowpass... of the overload `cuda`, on libtorch's stable ABI; their schemas are in
-// lfcc_kernels/ops/lowpass.py and lowpass_group.py. The emulation registers the same functions for tensors on the CPU.
+// lfcc_kernels/ops/lowpass.py. The emulation registers the same functions for tensors on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -42,7 +42,7 @@ struct Pooled {
 
 // Lists of a group, `tensors` being maps or gradients; `grids` has two numbers a map, both 0 for one that is no tokens,
 // and filters may be empty.
-void check_group(
+void check_foreach(
     const Tensors& tensors, const Tensors& row_filters, const Tensors& col_filters, const Sizes& grids,
     const Sizes& prefixes) {
   const size_t count = tensors.size();
@@ -62,9 +62,9 @@ Sizes grid_of(const Sizes& grids, size_t n) {
 
 Optional filter_of(const Tensors& filters, size_t n) { return filters.empty() ? Optional() : Optional(filters[n]); }
 
-Tensors lowpass_group(
+Tensors lowpass_foreach(
     Tensors inputs, Sizes scales, Tensors row_filters, Tensors col_filters, Sizes grids, Sizes prefixes) {
-  check_group(inputs, row_filters, col_filters, grids, prefixes);
+  check_foreach(inputs, row_filters, col_filters, grids, prefixes);
   const OnDevice device(inputs[0]);
   Tensors results, kept;
   std::vector<Pooled> pooled;
@@ -82,10 +82,10 @@ Tensors lowpass_group(
 }
 
 // Sizes of all maps one after the other: four numbers a map, three for tokens.
-Tensors lowpass_group_input_grad(
+Tensors lowpass_foreach_input_grad(
     Tensors grads, Sizes sizes, Sizes channels_last, Sizes scales, Tensors row_filters, Tensors col_filters,
     Sizes grids, Sizes prefixes) {
-  check_group(grads, row_filters, col_filters, grids, prefixes);
+  check_foreach(grads, row_filters, col_filters, grids, prefixes);
   STD_TORCH_CHECK(channels_last.size() == grads.size(), "lfcc: the lists of a group differ in length");
   const OnDevice device(grads[0]);
   Tensors results, kept;
@@ -118,13 +118,13 @@ Sizes listed(const Sizes& grid) { return grid.empty() ? Sizes{0, 0} : grid; }
 
 Tensor lowpass(
     const Tensor& x, Sizes scales, Optional row_filters, Optional col_filters, Sizes grid, int64_t prefix_tokens) {
-  return lowpass_group({x}, scales, listed(row_filters), listed(col_filters), listed(grid), {prefix_tokens})[0];
+  return lowpass_foreach({x}, scales, listed(row_filters), listed(col_filters), listed(grid), {prefix_tokens})[0];
 }
 
 Tensor lowpass_input_grad(
     const Tensor& grad, Sizes size, bool channels_last, Sizes scales, Optional row_filters, Optional col_filters,
     Sizes grid, int64_t prefix_tokens) {
-  return lowpass_group_input_grad(
+  return lowpass_foreach_input_grad(
       {grad}, size, {channels_last}, scales, listed(row_filters), listed(col_filters), listed(grid),
       {prefix_tokens})[0];
 }
@@ -157,6 +157,6 @@ STABLE_TORCH_LIBRARY_IMPL(lfcc, LFCC_CUDA_KEY, m) {
   LFCC_IMPLEMENT(m, lowpass_input_grad);
   LFCC_IMPLEMENT(m, lowpass_filter_grad);
   // Of these Python alone has schemas.
-  m.impl("lowpass_group.cuda", TORCH_BOX(&lowpass_group));
-  m.impl("lowpass_group_input_grad.cuda", TORCH_BOX(&lowpass_group_input_grad));
+  m.impl("lowpass_foreach.cuda", TORCH_BOX(&lowpass_foreach));
+  m.impl("lowpass_foreach_input_grad.cuda", TORCH_BOX(&lowpass_foreach_input_grad));
 }

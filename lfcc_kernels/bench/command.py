@@ -26,7 +26,7 @@ def bench(argv: Sequence[str]) -> int:
     if args.resume and any((args.suite, args.quick, args.dtype, args.backend, args.peer, args.words, args.output)):
         raise ValueError("bench --resume measures what its record was asked for; leave out all but --minutes")
     if args.tune:
-        from lfcc_kernels.backends.triton.tuning import tune
+        from lfcc_kernels.bench.tune.command import tune
 
         tune(args.output)
         return 0

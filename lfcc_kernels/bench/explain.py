@@ -34,7 +34,7 @@ _NODE = re.compile(r"(?:autograd::engine::evaluate_function: )?GeneratedBackward
 _CONTRASTS = {
     torch.ops.lfcc.info_nce: (2, 0),
     torch.ops.lfcc.info_nce_one_pass: (4, 0),
-    torch.ops.lfcc.info_nce_group: (4, 0),
+    torch.ops.lfcc.info_nce_foreach: (4, 0),
     torch.ops.lfcc.info_nce_grad: (4, 1),
 }
 PROFILED = 5  # calls

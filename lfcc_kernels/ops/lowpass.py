@@ -2,6 +2,10 @@
 
 x is a map (B, C, H, W) with an empty `grid`, or tokens (B, N, C) with `grid` = [H, W]. Filters come as a pair or not
 at all. Arguments are checked in `lfcc_kernels.functional`; the kernels trust them.
+
+`lfcc::lowpass_foreach` takes a list of maps: one launch for all stages of a loss, where one launch per stage leaves a
+GPU half idle at its end. Only the CUDA kernels implement it. Its filters are lists as long as the list of maps, or
+empty for the average; `grids` has two numbers per map, both 0 if the map is not tokens.
 """
 
 import torch
@@ -98,3 +102,85 @@ def _backward(backend, ctx, grad):
 
 
 register_autograd("lowpass", _setup_context, _backward)
+
+
+FOREACH_BACKENDS = ("cuda",)
+_FOREACH_FILTERS = "int[] scales, Tensor[] row_filters, Tensor[] col_filters, int[] grids, int[] prefix_tokens"
+FOREACH_SCHEMAS = [
+    f"lowpass_foreach(Tensor[] maps, {_FOREACH_FILTERS}) -> Tensor[]",
+    f"lowpass_foreach_input_grad(Tensor[] grads, SymInt[] sizes, int[] channels_last, {_FOREACH_FILTERS}) -> Tensor[]",
+]
+define(FOREACH_SCHEMAS, "lowpass_foreach", FOREACH_BACKENDS)
+
+
+def lowpass_foreach(
+    maps: list[Tensor],
+    scales: tuple[int, ...],
+    row_filters: list[Tensor],
+    col_filters: list[Tensor],
+    grids: list[list[int]],
+    prefix_tokens: list[int],
+) -> list[Tensor]:
+    """The pyramid of each map: at once where a backend can, else one after the other."""
+    first = maps[0]
+    backend = select("lowpass", first.device, first.dtype, sum(x.numel() for x in maps))
+    if backend in FOREACH_BACKENDS and len(maps) > 1 and all(x.dtype == first.dtype for x in maps):
+        numbers = [number for grid in grids for number in grid or (0, 0)]
+        return list(
+            call(op("lowpass_foreach", backend), maps, scales, row_filters, col_filters, numbers, prefix_tokens)
+        )
+    none = [None] * len(maps)
+    arguments = zip(maps, row_filters or none, col_filters or none, grids, prefix_tokens, strict=True)
+    return [lowpass(x, scales, rows, cols, grid, prefix) for x, rows, cols, grid, prefix in arguments]
+
+
+@register_fake("lowpass_foreach", FOREACH_BACKENDS)
+def _(maps, scales, row_filters, col_filters, grids, prefix_tokens):
+    cells = sum(s * s for s in scales)
+    return [x.new_empty(x.shape[0], cells, x.shape[2] if x.dim() == 3 else x.shape[1]) for x in maps]
+
+
+@register_fake("lowpass_foreach_input_grad", FOREACH_BACKENDS)
+def _(grads, sizes, channels_last, scales, row_filters, col_filters, grids, prefix_tokens):
+    results, sizes = [], list(sizes)
+    for n, grad in enumerate(grads):
+        size = [sizes.pop(0) for _ in range(3 if grids[2 * n] else 4)]
+        layout = torch.channels_last if channels_last[n] else torch.contiguous_format
+        results.append(torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout))
+    return results
+
+
+def _setup_foreach(ctx, inputs, output):
+    maps, ctx.scales, row_filters, col_filters, ctx.grids, ctx.prefix_tokens = inputs
+    ctx.sizes = [size for x in maps for size in x.shape]
+    ctx.channels_last = [int(is_channels_last(x)) for x in maps]
+    filters_learn = any(matrix.requires_grad for matrix in [*row_filters, *col_filters])
+    ctx.maps, ctx.filters = len(maps), len(row_filters)
+    ctx.save_for_backward(*row_filters, *col_filters, *(maps if filters_learn else []))
+
+
+def _backward_foreach(backend, ctx, grads):
+    saved, count = list(ctx.saved_tensors), ctx.filters
+    row_filters, col_filters, maps = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    inputs = [*grads, *saved]
+    to_maps, to_rows, to_cols = [None] * ctx.maps, [None] * count, [None] * count
+    with torch.no_grad():
+        grads = [grad.contiguous() for grad in grads]
+        if any(ctx.needs_input_grad[0]):
+            to_maps = op("lowpass_foreach_input_grad", backend)(
+                grads, ctx.sizes, ctx.channels_last, ctx.scales, row_filters, col_filters, ctx.grids, ctx.prefix_tokens
+            )
+        for n, x in enumerate(maps):
+            if ctx.needs_input_grad[2][n] or ctx.needs_input_grad[3][n]:
+                grid = ctx.grids[2 * n : 2 * n + 2]
+                to_rows[n], to_cols[n] = op("lowpass_filter_grad", backend)(
+                    grads[n], x, ctx.scales, row_filters[n], col_filters[n], grid if grid[0] else [],
+                    ctx.prefix_tokens[n],
+                )  # fmt: skip
+    to_maps, to_rows, to_cols = (
+        [first_order_only(gradient, inputs) for gradient in gradients] for gradients in (to_maps, to_rows, to_cols)
+    )
+    return to_maps, None, to_rows, to_cols, None, None
+
+
+register_autograd("lowpass_foreach", _setup_foreach, _backward_foreach, FOREACH_BACKENDS)

@@ -122,7 +122,7 @@ def test_flops_of_a_group() -> None:
     """One-pass products of each pair; fake tensors do where Triton is not."""
     with FakeTensorMode(), ProductFlops() as counter:
         students, teachers = ([torch.randn(rows, dim) for dim in (5, 3)] for rows in (6, 9))
-        torch.ops.lfcc.info_nce_group.triton(students, teachers, torch.tensor(0.1), None, None, 0, True)
+        torch.ops.lfcc.info_nce_foreach.triton(students, teachers, torch.tensor(0.1), None, None, 0, True)
     assert counter.flops == 4 * 6 * 9 * (5 + 3)
 
 

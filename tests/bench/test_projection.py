@@ -25,7 +25,7 @@ import lfcc_kernels as lk
 from lfcc_kernels.bench import projection
 from lfcc_kernels.bench.cases.ofa import MODELS
 from lfcc_kernels.bench.projection import Run
-from lfcc_kernels.functional import info_nce_group
+from lfcc_kernels.functional import info_nce_foreach
 
 timm = pytest.importorskip("timm")
 from lfcc_kernels.distill import Distiller  # noqa: E402
@@ -254,7 +254,7 @@ def test_a_contrast_by_plain_products_keeps_the_logits() -> None:
     pairs = [(torch.randn(run.own, w, requires_grad=True), torch.randn(run.batch, w)) for w in run.widths]
     with lk.use_backend("eager"), FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-            loss = info_nce_group(*zip(*pairs, strict=True)).mean()
+            loss = info_nce_foreach(*zip(*pairs, strict=True)).mean()
         loss.backward()
     logits = {x.data_ptr(): x.nbytes for x in saved if x.shape == (run.own, run.batch)}
     assert sum(logits.values()) >= run.logits
@@ -263,7 +263,7 @@ def test_a_contrast_by_plain_products_keeps_the_logits() -> None:
 
 def test_what_triton_takes_beside() -> None:
     pytest.importorskip("triton")
-    from lfcc_kernels.backends.triton import info_nce_group as triton
+    from lfcc_kernels.backends.triton import info_nce_foreach as triton
     from lfcc_kernels.backends.triton.runtime import chip
     from lfcc_kernels.backends.triton.tiles import table
 
@@ -272,7 +272,7 @@ def test_what_triton_takes_beside() -> None:
     chunk = table(chip(rows[0][0].device).capability)["chunk_bytes"]
     temperature = torch.tensor(0.1)
     with Alive([*itertools.chain(*rows), temperature]) as alive:
-        triton.info_nce_group(*rows, temperature, None, None, 0, True)
+        triton.info_nce_foreach(*rows, temperature, None, None, 0, True)
     assert 0.85 * run.workspace(chunk) <= alive.peak - run.row_gradients <= run.workspace(chunk)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, randn
 
 import lfcc_kernels as lk
 from lfcc_kernels.backends import cuda
-from lfcc_kernels.functional import lowpass_group
+from lfcc_kernels.functional import lowpass_foreach
 
 pytestmark = pytest.mark.skipif(bool(cuda.missing()) or cuda.device() != "cpu", reason="the kernels are not emulated")
 
@@ -62,7 +62,7 @@ def pyramids(size: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_for
 
 def many_maps() -> tuple[Callable[..., Tensor], list[Tensor]]:
     maps = [randn(2, *size).requires_grad_() for size in ((40, 7, 7), (3, 30, 28), (5, 14, 14))]
-    return lambda *maps: torch.cat([y.flatten() for y in lowpass_group(maps, (1, 2, 4))]), maps
+    return lambda *maps: torch.cat([y.flatten() for y in lowpass_foreach(maps, (1, 2, 4))]), maps
 
 
 CASES: dict[str, Callable[[], tuple[Callable[..., Tensor], list[Tensor]]]] = {
@@ -127,7 +127,7 @@ def test_scales_that_the_kernels_do_not_take(in_schedule: Callable[[int], None])
     [
         ("emulation/test_kernels.py", "every_schedule"),
         ("test_lowpass.py", "cuda and not float64 and not float16"),
-        ("test_lowpass_group.py", "cuda and not float64 and not float16"),
+        ("test_lowpass_foreach.py", "cuda and not float64 and not float16"),
         ("test_info_nce.py", "cuda and not float64 and not float16"),
     ],
     ids=lambda value: value if value.endswith(".py") else "",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lfcc_kernels.backends.triton import info_nce as nce
-from lfcc_kernels.backends.triton import info_nce_group as group
+from lfcc_kernels.backends.triton import info_nce_foreach as group
 from lfcc_kernels.backends.triton import lowpass as lp
 
 SCALES = [1, 2, 4]
@@ -21,8 +21,8 @@ CELLS = sum(s * s for s in SCALES)
 WGMMA = [
     ("info_nce_fused.one_pass_kernel", ""),
     ("info_nce_fused.gradient_kernel", ""),
-    ("info_nce_group.products_kernel", ""),
-    ("info_nce_group.sums_kernel", ""),
+    ("info_nce_foreach.products_kernel", ""),
+    ("info_nce_foreach.sums_kernel", ""),
     ("lowpass_kernels.forward_kernel", "56x56"),
     ("lowpass_kernels.forward_kernel", "tokens 14x14"),
     ("lowpass_kernels.forward_kernel", "7x7"),
@@ -129,7 +129,7 @@ def _group(dtype: torch.dtype, rows: int, with_ids: bool) -> Callable[[], object
         students, teachers = ([torch.empty(rows, w, dtype=dtype, device="cuda") for w in widths] for _ in range(2))
         ids = torch.empty(rows, dtype=torch.int64, device="cuda") if with_ids else None
         temperature = torch.empty((), device="cuda")
-        group.info_nce_group(students, teachers, temperature, ids, ids, 0, True)
+        group.info_nce_foreach(students, teachers, temperature, ids, ids, 0, True)
 
     return call
 

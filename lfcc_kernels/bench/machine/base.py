@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lfcc_kernels as lk
 from lfcc_kernels.bench.record import Request
-from lfcc_kernels.info import commit
+from lfcc_kernels.version import commit
 
 # "full", "quick" (few cases, shorter, nothing compiled by torch) or "tiny": the smallest shapes and probes, a smoke
 # test of the benchmarks, whose times mean nothing.

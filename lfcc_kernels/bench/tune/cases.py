@@ -14,7 +14,7 @@ from torch import Tensor
 from lfcc_kernels.backends import eager
 from lfcc_kernels.backends.triton import DEVICE
 from lfcc_kernels.backends.triton import info_nce as nce
-from lfcc_kernels.backends.triton import info_nce_group as group
+from lfcc_kernels.backends.triton import info_nce_foreach as group
 from lfcc_kernels.backends.triton import lowpass as lp
 
 Results = Sequence[Tensor]
@@ -194,7 +194,7 @@ def _group_case(rows: int, sizes: Sizes, dtype: torch.dtype, settings: Mapping[s
         return students, teachers
 
     def ours(students: list[Tensor], teachers: list[Tensor]) -> Results:
-        return group.info_nce_group(students, teachers, *options, True)[:2]
+        return group.info_nce_foreach(students, teachers, *options, True)[:2]
 
     def oracle(students: list[Tensor], teachers: list[Tensor]) -> Results:
         def losses(*students: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _group_case(rows: int, sizes: Sizes, dtype: torch.dtype, settings: Mapping[s
         gradients = _gradients(losses, students, torch.ones_like(expected))
         return [expected.mean(1), torch.cat(gradients, dim=1)]
 
-    return Case(f"info_nce_group {rows} {widths} {dtype}", inputs, ours, oracle, TOLERANCES[dtype], settings)
+    return Case(f"info_nce_foreach {rows} {widths} {dtype}", inputs, ours, oracle, TOLERANCES[dtype], settings)
 
 
 def _gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> Results:

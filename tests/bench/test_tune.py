@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from lfcc_kernels.backends import triton
-from lfcc_kernels.backends.triton import tuning
+from lfcc_kernels.bench.tune import command as tuning
 from lfcc_kernels.cli import main
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from lfcc_kernels.backends.triton import runtime, tiles, tuning_launches
-from lfcc_kernels.backends.triton import tuning_search as search
-from lfcc_kernels.backends.triton.tuning_cases import Case, Crossover, Sizes, kernel_cases
+from lfcc_kernels.backends.triton import runtime, tiles
+from lfcc_kernels.bench.tune import launches, search
+from lfcc_kernels.bench.tune.cases import Case, Crossover, Sizes, kernel_cases
 
 pytestmark = pytest.mark.skipif(bool(triton.missing()), reason=triton.missing() or "there is a GPU")
 
@@ -180,8 +180,8 @@ def test_spills_beyond_those_of_the_incumbent_lose(monkeypatch: pytest.MonkeyPat
         def run(self, spills: int, warmup: bool = False) -> Any:
             return type("Compiled", (), {"n_spills": spills})
 
-    monkeypatch.setattr(tuning_launches, "INTERPRET", False)
-    monkeypatch.setattr(tuning_launches, "JITFunction", Kernel)
+    monkeypatch.setattr(launches, "INTERPRET", False)
+    monkeypatch.setattr(launches, "JITFunction", Kernel)
 
     def call() -> list[torch.Tensor]:
         Kernel().run(3)
@@ -265,7 +265,7 @@ def test_tiles_of_the_table_reach_the_kernels(table: dict[str, Any], case: Case)
         for line in (line for lines in table["kernels"].values() for line in lines.values()):
             line |= {name: block for name in line if name.startswith("BLOCK_")}
         seen.clear()
-        with search.changed(table, case.settings), tuning_launches._launching(note):
+        with search.changed(table, case.settings), launches._launching(note):
             search._check(functools.partial(case.ours, *inputs), expected, case.tolerance, None)
         return [*seen]
 

@@ -8,7 +8,7 @@ from oracles import assert_close_to_truth, gradients, in_float64, loop_lowpass, 
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
-from lfcc_kernels.functional import lowpass_group
+from lfcc_kernels.functional import lowpass_foreach
 
 SCALES = (1, 2, 4)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -36,7 +36,7 @@ def filters_of(inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
 def test_pyramids_and_gradients(backend: str, dtype: torch.dtype, filtered: bool) -> None:
     inputs = maps(dtype)
     filters = filters_of(inputs) if filtered else None
-    pyramids = lowpass_group(inputs, SCALES, filters=filters)
+    pyramids = lowpass_foreach(inputs, SCALES, filters=filters)
     for n, (x, pyramid) in enumerate(zip(inputs, pyramids, strict=True)):
         learning = [x, *(filters[n] if filters else ())]
         exact = in_float64(*learning)
@@ -52,7 +52,7 @@ def test_pyramids_and_gradients(backend: str, dtype: torch.dtype, filtered: bool
 
 def test_tokens_beside_maps(backend: str) -> None:
     tokens, x = randn(2, 1 + 6 * 5, 8, requires_grad=True), randn(2, 3, 6, 6, requires_grad=True)
-    pooled, of_map = lowpass_group([tokens, x], (1, 2), grids=[(6, 5), None], prefix_tokens=[1, 0])
+    pooled, of_map = lowpass_foreach([tokens, x], (1, 2), grids=[(6, 5), None], prefix_tokens=[1, 0])
     as_map = tokens[:, 1:].unflatten(1, (6, 5)).permute(0, 3, 1, 2)
     torch.testing.assert_close(pooled, torch_lowpass(as_map, (1, 2)))
     torch.testing.assert_close(of_map, torch_lowpass(x, (1, 2)))
@@ -63,20 +63,20 @@ def test_tokens_beside_maps(backend: str) -> None:
 
 def test_only_some_learn_and_are_used(backend: str) -> None:
     x, frozen, unused = randn(2, 3, 8, 8, requires_grad=True), randn(2, 3, 6, 6), randn(2, 3, 5, 5, requires_grad=True)
-    pooled = lowpass_group([x, frozen, unused], (1, 2))
+    pooled = lowpass_foreach([x, frozen, unused], (1, 2))
     (pooled[0].sum() + pooled[1].sum()).backward()
     torch.testing.assert_close(x.grad, torch.autograd.grad(torch_lowpass(x, (1, 2)).sum(), x)[0])
     assert unused.grad is None or not unused.grad.any()
 
 
 def test_maps_of_different_types(backend: str) -> None:
-    pooled = lowpass_group([randn(2, 3, 6, 6), randn(2, 3, 6, 6).bfloat16()], (1, 2))
+    pooled = lowpass_foreach([randn(2, 3, 6, 6), randn(2, 3, 6, 6).bfloat16()], (1, 2))
     assert [y.dtype for y in pooled] == [torch.float32, torch.bfloat16]
 
 
 def test_second_derivative_names_the_backend_that_has_one(kernels: str) -> None:
     inputs = maps(torch.float32)[:2]
-    pooled = lowpass_group(inputs, (1, 2))[1]
+    pooled = lowpass_foreach(inputs, (1, 2))[1]
     upstream = torch.randn_like(pooled, requires_grad=True)
     (grad,) = torch.autograd.grad(pooled, inputs[1], upstream, create_graph=True)
     with pytest.raises(RuntimeError, match=r"use_backend\('eager'\)"):
@@ -87,7 +87,7 @@ def test_compiled(kernels: str) -> None:
     inputs = maps(torch.float32)[:3]
 
     def function(*inputs: Tensor) -> Tensor:
-        return torch.cat([y.flatten(1) for y in lowpass_group(inputs, (1, 2))], dim=1)
+        return torch.cat([y.flatten(1) for y in lowpass_foreach(inputs, (1, 2))], dim=1)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -122,4 +122,4 @@ def test_lists_that_do_not_fit() -> None:
     x = randn(2, 3, 6, 6)
     for maps, options in (([], {}), ([x, x], {"filters": []}), ([x], {"grids": [None, None]})):
         with pytest.raises(ValueError, match="expected as many of each, at least one"):
-            lowpass_group(maps, (1, 2), **options)
+            lowpass_foreach(maps, (1, 2), **options)

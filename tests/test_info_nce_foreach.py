@@ -8,7 +8,7 @@ from oracles import accumulator, assert_close_to_truth, gradients, in_float64, l
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
-from lfcc_kernels.functional import info_nce_group
+from lfcc_kernels.functional import info_nce_foreach
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = (3, 16, 33, 300)
@@ -26,7 +26,7 @@ def pairs(batch: int, keys: int, dtype: torch.dtype, widths: tuple[int, ...] = W
 
 def check(students: list[Tensor], teachers: list[Tensor], temperature: float = 0.5, **options: Any) -> None:
     learning = torch.tensor(temperature, dtype=accumulator(students[0].dtype), requires_grad=True)
-    losses = info_nce_group(students, teachers, temperature=learning, **options)
+    losses = info_nce_foreach(students, teachers, temperature=learning, **options)
     upstream = torch.randn_like(losses)
     results = gradients(losses, [*students, learning], upstream)
     exact_students, (exact_temperature,) = in_float64(*students), in_float64(learning)
@@ -63,7 +63,7 @@ def test_ids_and_more_keys_than_rows(backend: str, dtype: torch.dtype, direction
 def test_a_teacher_that_learns(backend: str) -> None:
     students, teachers = pairs(20, 20, torch.float64)
     teachers[1].requires_grad_()
-    losses = info_nce_group(students, teachers)
+    losses = info_nce_foreach(students, teachers)
     (grad,) = torch.autograd.grad(losses.sum(), [teachers[1]])
     (expected,) = torch.autograd.grad(loop_info_nce(students[1], teachers[1]), [teachers[1]])
     torch.testing.assert_close(grad, expected)
@@ -72,25 +72,25 @@ def test_a_teacher_that_learns(backend: str) -> None:
 def test_students_of_which_some_learn(backend: str) -> None:
     students, teachers = pairs(20, 20, torch.float32)
     students[2] = students[2].detach()
-    losses = info_nce_group(students, teachers)
+    losses = info_nce_foreach(students, teachers)
     losses.sum().backward()
     for student in (students[0], students[1], students[3]):
         assert student.is_leaf and student.grad is not None
     with torch.no_grad():
-        torch.testing.assert_close(info_nce_group(students, teachers), losses.detach())
+        torch.testing.assert_close(info_nce_foreach(students, teachers), losses.detach())
 
 
 def test_pairs_of_different_batches(backend: str) -> None:
     (students, teachers), (more_students, more_teachers) = (pairs(rows, rows, torch.float32, (8,)) for rows in (5, 9))
     students, teachers = students + more_students, teachers + more_teachers
-    losses = info_nce_group(students, teachers)
+    losses = info_nce_foreach(students, teachers)
     expected = [loop_info_nce(*pair).float() for pair in zip(students, teachers, strict=True)]
     torch.testing.assert_close(losses, torch.stack(expected))
 
 
 def test_second_derivative_names_the_backend_that_has_one(kernels: str) -> None:
     students, teachers = pairs(8, 8, torch.float32)
-    (grad,) = torch.autograd.grad(info_nce_group(students, teachers).sum(), students[0], create_graph=True)
+    (grad,) = torch.autograd.grad(info_nce_foreach(students, teachers).sum(), students[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"use_backend\('eager'\)"):
         grad.square().sum().backward()
 
@@ -100,7 +100,7 @@ def test_a_broken_row_breaks_its_own_loss_alone(backend: str, bad: float) -> Non
     students, teachers = pairs(20, 20, torch.float32)
     with torch.no_grad():
         students[1][7, 2] = bad
-    losses = info_nce_group(students, teachers)
+    losses = info_nce_foreach(students, teachers)
     assert losses.isfinite().tolist() == [True, False, True, True]
 
 
@@ -108,7 +108,7 @@ def test_compiled(kernels: str) -> None:
     students, teachers = pairs(8, 8, torch.float32, (4, 20))
 
     def function(*students: Tensor) -> Tensor:
-        return info_nce_group(students, teachers)
+        return info_nce_foreach(students, teachers)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -123,7 +123,7 @@ def test_a_loss_of_many_pairs_takes_few_launches(monkeypatch: pytest.MonkeyPatch
     if "triton" not in lk.available_backends():
         pytest.skip("Triton cannot serve here")
     from lfcc_kernels.backends.triton import info_nce_chunks, info_nce_rows
-    from lfcc_kernels.backends.triton import info_nce_group as group
+    from lfcc_kernels.backends.triton import info_nce_foreach as group
 
     launched = []
     for module in (group, info_nce_chunks, info_nce_rows):
@@ -145,4 +145,4 @@ def test_lists_that_do_not_fit() -> None:
     x = randn(4, 8)
     for students, teachers in ([[], []], [[x], [x, x]]):
         with pytest.raises(ValueError, match="expected as many, at least one"):
-            info_nce_group(students, teachers)
+            info_nce_foreach(students, teachers)

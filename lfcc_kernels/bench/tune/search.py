@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lfcc_kernels.backends.triton.tuning_cases import Case, Crossover, Sizes, chunk_cases, crossovers, kernel_cases
-from lfcc_kernels.backends.triton.tuning_launches import compiling, counting_spills
+from lfcc_kernels.bench.tune.cases import Case, Crossover, Sizes, chunk_cases, crossovers, kernel_cases
+from lfcc_kernels.bench.tune.launches import compiling, counting_spills
 
 ROUNDS = 11
 MARGIN = 1.02  # so many times faster than what the table says a candidate must be at the least

@@ -146,7 +146,7 @@ def finish_kernel(
     )  # fmt: skip
 
 
-def info_nce_group(
+def info_nce_foreach(
     students: list[Tensor],
     teachers: list[Tensor],
     temperature: Tensor,

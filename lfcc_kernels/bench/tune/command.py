@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-import lfcc_kernels
 from lfcc_kernels.backends.triton import INTERPRET, missing
 from lfcc_kernels.files import replace_file
-from lfcc_kernels.info import commit
+from lfcc_kernels.version import __version__, commit
 
 Tune = Callable[[], tuple[dict[str, Any], list[str]]]
 
@@ -32,9 +31,9 @@ def tune(output: str | Path | None = None) -> None:
     if reason := missing():
         raise ValueError(f"bench --tune needs an NVIDIA GPU and Triton: {reason.partition(';')[0]}")
     from lfcc_kernels.backends.triton import runtime, tiles
-    from lfcc_kernels.backends.triton.tuning_cases import Sizes
-    from lfcc_kernels.backends.triton.tuning_launches import DeviceClock
-    from lfcc_kernels.backends.triton.tuning_search import Tuner
+    from lfcc_kernels.bench.tune.cases import Sizes
+    from lfcc_kernels.bench.tune.launches import DeviceClock
+    from lfcc_kernels.bench.tune.search import Tuner
 
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = runtime.chip(device).capability
@@ -72,6 +71,6 @@ def _source() -> str:
     """Where the numbers of a table come from."""
     import triton
 
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, lfcc_kernels {lfcc_kernels.__version__}"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, lfcc_kernels {__version__}"
     today = datetime.now(timezone.utc).date().isoformat()
     return f"measured on {torch.cuda.get_device_name()}, {today}, {versions} {commit()}".rstrip()

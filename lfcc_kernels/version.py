@@ -1,0 +1,19 @@
+"""The version of the package, and the commit of the checkout it runs from."""
+
+import subprocess
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def commit() -> str:
+    """The git commit of the checkout that this package runs from, with "-dirty" where files differ from it; empty for
+    an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
