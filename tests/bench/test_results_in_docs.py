@@ -14,12 +14,20 @@ RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
 # The rows of the README's table: its first column, the case and the run of the record.
 SUMMARY = {
     "whole `LFCCLoss`, 4 stages x 3 scales, B = 128": ("lfcc-average-128x4x3-float32-fwd+bwd", "default"),
-    "the same with a kept heap": ("lfcc-average-128x4x3-float32-fwd+bwd", "kept"),
+    "the same with a heap that keeps its memory": ("lfcc-average-128x4x3-float32-fwd+bwd", "kept"),
     "`lowpass`, (32, 256, 56, 56), forward": ("lowpass-nchw-32x256x56x56-float32-fwd", "default"),
     "`lowpass`, (32, 256, 56, 56)": ("lowpass-nchw-32x256x56x56-float32-fwd+bwd", "default"),
     "`info_nce`, B = 4096, D = 512": ("info_nce-one-way-4096x512-float32-fwd+bwd", "default"),
     "`lowpass`, (128, 512, 7, 7)": ("lowpass-nchw-128x512x7x7-float32-fwd+bwd", "default"),
     "`info_nce`, B = 1024, D = 512, bfloat16, forward": ("info_nce-one-way-1024x512-bfloat16-fwd", "default"),
+}
+
+# Candidates of the record under the README's names.
+NAMES = {
+    "compiled eager, pooled first": "`torch.compile`, pool first",
+    "cascade": "repeated `avg_pool2d`",
+    "SDPA as gradient": "attention as gradient",
+    "one-GEMM": "one GEMM",
 }
 
 
@@ -55,11 +63,28 @@ def test_readme_has_the_rows_of_its_record(name: str) -> None:
     cells = [
         name,
         f"{lfcc.median_ms:.3g} ms",
-        f"{fastest.median_ms:.3g} ms, {fastest.candidate}",
+        f"{fastest.median_ms:.3g} ms, {NAMES.get(fastest.candidate, fastest.candidate)}",
         f"{fastest.median_ms / lfcc.median_ms:.2f}x",
         f"{eager.median_ms / lfcc.median_ms:.1f}x",
     ]
     assert f"| {' | '.join(cells)} |" in readme.read_text().replace("**", "")
+
+
+def test_readme_has_the_memory_and_the_count_of_its_record() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (path,) = records_of(ROOT / "README.md")
+    rows = record.rows(record.load(path))
+
+    def memory(case: str, candidate: str) -> str:
+        found = (row for row in rows if (row.case, row.candidate, row.run) == (case, candidate, "default"))
+        return f"{next(found).peak_memory_bytes / 2**20:.0f} MiB"
+
+    loss, info_nce = "lfcc-average-128x4x3-float32-fwd+bwd", "info_nce-one-way-4096x512-float32-fwd+bwd"
+    text = " ".join(readme.split())
+    assert f"whole loss {memory(loss, 'ours')} (eager: {memory(loss, 'eager')})" in text
+    assert f"{memory(info_nce, 'ours')} (attention as gradient: {memory(info_nce, 'SDPA as gradient')})" in text
+    slower, cases = re.search(r"(\d+) of (\d+) cases", tables.summary(record.load(path))).groups()
+    assert f"in {slower} of the {cases} cases" in text
 
 
 def test_readme_quotes_the_committed_demo() -> None:
