@@ -14,5 +14,5 @@ def test_the_readme_has_the_tables_of_its_record() -> None:
     assert named
     for name in named:
         results = record.load(ROOT / name)
-        assert tables.readme(results) in page
+        assert tables.overview(results) in page
         assert (ROOT / name).with_suffix(".md").read_text() == tables.markdown(results) + "\n"
