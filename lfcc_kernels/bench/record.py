@@ -80,8 +80,15 @@ class Row:
     clock_mhz: float | None = None  # of the device when the case began
 
     @property
+    def name(self) -> str:
+        """The candidate as tables and plots show it: "lfcc", "lfcc (BACKEND)", or the peer."""
+        return (
+            f"lfcc ({self.candidate.removeprefix('ours, ')})".removesuffix(" (ours)") if self.ours else self.candidate
+        )
+
+    @property
     def ours(self) -> bool:
-        """Whether it is ours, by whatever backend."""
+        """Whether the candidate is lfcc, on any backend."""
         return self.candidate == "ours" or self.candidate.startswith("ours, ")
 
     @property

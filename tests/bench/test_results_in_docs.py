@@ -47,7 +47,7 @@ def test_benchmarks_page_has_the_tables_of_its_record() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     for path in records_of(ROOT / "docs" / "benchmarks.md"):
         results = record.load(path)
-        assert tables.readme(results) in page
+        assert tables.overview(results) in page
         assert path.with_suffix(".md").read_text() == tables.markdown(results) + "\n"
 
 

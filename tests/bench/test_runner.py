@@ -236,7 +236,7 @@ def test_the_command(tmp_path: Path) -> None:
     rows = record.rows(record.load(tmp_path / "record.json"))
     assert {row.suite for row in rows} == {"overhead", "lowpass"} and all(row.ours or row.backend == "" for row in rows)
     assert all(row.status == "ok" for row in rows if row.ours)
-    assert (tmp_path / "record.csv").exists() and "Losing cases, worst first" in (tmp_path / "record.md").read_text()
+    assert (tmp_path / "record.csv").exists() and "Slower than the fastest peer" in (tmp_path / "record.md").read_text()
     again = bench("--resume", "record.json", cwd=tmp_path)
     assert again.returncode == 1 and "complete" in again.stderr
 

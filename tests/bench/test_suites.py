@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfcc_kernels.bench import goals, machine
+from lfcc_kernels.bench import machine, targets
 from lfcc_kernels.bench.cases import Case, lfcc, ofa, scaling, step
 
 SUITES = {"lfcc": lfcc.cases, "scaling": scaling.cases, "step": step.cases}
@@ -82,7 +82,7 @@ def test_lists_need_no_device(suite: str, device: type[machine.Machine], monkeyp
     assert {case.dtype for case in make(False, torch.float16)} == {torch.float16}
 
 
-def test_goals_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = set()
 
     class Asked(dict):
@@ -90,9 +90,9 @@ def test_goals_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.add(key[0])
             raise LookupError
 
-    for goal in goals.GOALS:
+    for target in targets.TARGETS:
         with pytest.raises(LookupError):
-            goal.measure(Asked())
+            targets.METRICS[target.metric].measure(Asked(), target.cases, target.peer)
     asked = {case for case in asked if case.split("-")[0] in SUITES}
     assert asked
     listed = {case.name for make in SUITES.values() for case in make(False, None)}
