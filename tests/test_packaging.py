@@ -119,7 +119,7 @@ def test_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    assert "lfcc_kernels/_C.abi3.so" in names
+    assert {"lfcc_kernels/_C.abi3.so", "lfcc_kernels/py.typed"} <= set(names)
     assert any(re.fullmatch(r"lfcc_kernels/_host\..*so", name) for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lfcc_kernels"}
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", ".o")) or "tests" in name]
