@@ -45,7 +45,13 @@ def projections(lfcc: LFCCLoss) -> list[Tensor]:
     return [projection.weight.detach().clone() for projection in lfcc.student_projections]
 
 
-@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.stem)
+SLOW = ("accelerate", "lightning", "torchdistill")  # import large frameworks
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem) for page in SNIPPETS],
+)
 def test_snippets_run_and_train_every_projection(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip(TRAINING.get(page.stem, "torch"))
     started: list[tuple[LFCCLoss, list[Tensor]]] = []
@@ -74,6 +80,7 @@ def train_with_accelerate() -> list[Tensor]:
     return projections(run_page(ROOT / "docs" / "accelerate.md")["lfcc"])
 
 
+@pytest.mark.slow
 def test_ranks_of_accelerate_stay_together(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     one, other = in_ranks(2, tmp_path, train_with_accelerate)
