@@ -16,7 +16,7 @@ from lfcc_kernels import LFCCLoss
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "tests/faults/README.md")]
 SNIPPETS = [page for page in PAGES if "```python\n" in page.read_text()]
 # Pages that train an `LFCCLoss`, and the library that they need.
 TRAINING = {
