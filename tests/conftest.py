@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+import grids
 import pytest
 import torch
 
@@ -27,6 +28,29 @@ if not ON_GPU:
     from emulation import build
 
     build.load()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the full product of every grid of tests")
+    parser.addoption("--slice-seed", help="seed of the slice of the grids' other cases (default: the commit)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The processes of pytest-xdist get the options of this one.
+    config.option.slice_seed = config.option.slice_seed or grids.commit()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
+        options = session.config.option
+        chosen = "full products" if options.full else f"covering arrays and --slice-seed {options.slice_seed}"
+        reporter.write_line(f"grids of tests: {chosen}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    grids.expand(metafunc)
+
 
 ON_GPUS = [pytest.param(name, marks=pytest.mark.gpu) if ON_GPU else name for name in ("triton", "cuda")]
 
