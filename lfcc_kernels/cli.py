@@ -70,9 +70,9 @@ def _report(sources: list[Path], output: str) -> None:
 
         write_report(sources, output)
     elif len(sources) == 1:
-        from lfcc_kernels.bench.page import write_page
+        from lfcc_kernels.bench.report import write_report
 
-        write_page(sources[0], output)
+        write_report(sources[0], output)
     else:
         raise ValueError(f"report: one record of bench, or run folders; got {', '.join(map(str, sources))}")
 

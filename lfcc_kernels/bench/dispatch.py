@@ -1,13 +1,12 @@
-"""Writes the table by which `auto` chooses a backend (ops/dispatch.json) from records of the benchmark.
+"""Writes the table by which `auto` selects a backend (ops/dispatch.json) from records: `lfcc bench --dispatch RECORD`.
 
-What is compared is ours by every backend that could serve, in all modes of the cases that measure one op alone, with
-the default heap of a CPU or on a GPU. For each device, op and dtype the table gets the rule that makes the geometric
-mean of the cases' times least. A rule is one backend, or one up to a size that was measured and another beyond it;
-the second only where the mean is more than 3 % less. A backend that was not "ok" in a case serves no size of it.
-Eager holds the matrix of all pairs of rows, which ours promises never to do, so it never serves `info_nce` beyond
-2^18 of them. float64 is left to the fixed order.
+Compares the times of lfcc on every backend, in all modes of the cases that measure one op alone, on a GPU or with the
+default heap of a CPU. For each device, op and dtype the table gets the rule with the least geometric mean of the cases'
+times. A rule is one backend, or one up to a measured size and another above it if that reduces the mean by more than
+3 %. A backend that was not "ok" in a case is not selected at its size. Eager stores the matrix of all pairs of rows,
+which lfcc never does, so `info_nce` uses it only up to 2^18 pairs. float64 keeps the fixed order.
 
-This table says which backend serves. Which path and which tiles Triton takes then is said by its own tables
+The table selects the backend. The Triton kernels select their algorithm and tiles by their own tables
 (backends/triton/tables), which `lfcc bench --tune` writes.
 """
 
@@ -24,64 +23,67 @@ from lfcc_kernels.files import replace_file
 from lfcc_kernels.ops.dispatch import TABLE
 
 RUNS = ("default", "cuda")
-MOST_PAIRS_OF_EAGER = 2**18  # a matrix of 1 MiB in float32
-GAIN_OF_A_CROSSOVER = 1.03
+MAX_PAIRS_OF_EAGER = 2**18  # a matrix of 1 MiB in float32
+LEAST_GAIN_OF_CROSSOVER = 1.03
 
-Times = dict[str, float]  # of the backends in one case, ms; infinite where one cannot serve it
-Group = list[tuple[int, Times]]  # the cases of one op and dtype, by size
-Rule = list[tuple[int | None, str]]  # bound and backend, as in the table
+Times = dict[str, float]  # milliseconds by backend in one case; infinite if it failed
+Group = list[tuple[int, Times]]  # the cases of one op and dtype, with their size
+Rule = list[tuple[int | None, str]]  # upper bound of the size and backend, as in the table
 
 
 def main(paths: Sequence[str | Path], output: str | Path | None = None) -> None:
-    """Write the table of what these records measured, and print what changed.
+    """Write the table from these records and print the changes.
 
-    Lines of what they did not measure stay. Where several measured the same op and dtype on the same device, the last
-    one counts.
+    Entries that the records did not measure stay. If several records measured the same op and dtype on the same device,
+    the last one counts.
 
     Args:
         paths: JSON files of `lfcc bench`.
-        output: The table to write; the package's own where it is None.
+        output: The table to write; by default the package's own.
 
     Raises:
-        ValueError: a file is no record of this version, is of tiny cases, or none compares two backends in an op.
+        ValueError: a file is not a record of this version, has tiny cases, or none compares two backends of an op.
     """
     output = Path(output or TABLE)
     table = json.loads(output.read_text()) if output.exists() else {}
     measured = {key: lines for path in paths for key, lines in lines_of(path).items()}
     if not measured:
         raise ValueError(
-            f"{', '.join(map(str, paths))}: no op was measured by two backends; "
-            "measure lowpass or info_nce without --backend, where kernels are built"
+            f"bench --dispatch: {', '.join(map(str, paths))} has no op measured on two backends; "
+            "measure lowpass or info_nce without --backend on a machine with compiled kernels"
         )
     for (device, op, dtype), lines in measured.items():
         known = table.get(device, [])
         old = [line for line in known if (line["op"], line["dtype"]) == (op, dtype)]
         others = [line for line in known if line not in old]
         table[device] = sorted([*others, *lines], key=lambda line: (line["op"], line["dtype"]))
-        before = "as before" if old == lines else f"was {'; '.join(map(_words, old)) or 'the fixed order'}"
-        print(f"{device} {op} {dtype}: {'; '.join(map(_words, lines))} ({before})")
+        before = "unchanged" if old == lines else f"before: {_describe(old) or 'the fixed order'}"
+        print(f"{device} {op} {dtype}: {_describe(lines)} ({before})")
     with replace_file(output) as file:
         file.write(f"{json.dumps(dict(sorted(table.items())), indent=1, allow_nan=False)}\n".encode())
-    print(f"written to {output}")
+    print(f"wrote {output}")
 
 
 def lines_of(path: str | Path) -> dict[tuple[str, str, str], list[dict]]:
-    """The lines that a record gives, smallest bound first, by device, op and dtype."""
+    """The table's lines from one record, smallest bound first, by device, op and dtype."""
     results = record.load(path)
     if record.request(results).size == "tiny":
-        raise ValueError(f"{path} is of tiny cases, whose times mean nothing; measure without LFCC_BENCH_SIZE=tiny")
+        raise ValueError(
+            f"bench --dispatch: {path} was recorded with LFCC_BENCH_SIZE=tiny (a smoke test) and cannot be used; "
+            "measure without LFCC_BENCH_SIZE"
+        )
     lines = {}
     for run in (results["runs"][name] for name in RUNS if name in results["runs"]):
         capability = run["environment"].get("capability")
         device = f"sm_{capability.replace('.', '')}" if capability else "cpu"
         for (op, dtype), group in _groups(record.rows_of(run)).items():
             if rule := best_rule(op, group):
-                lines[device, op, dtype] = _lines(op, dtype, rule, group, _name(path))
+                lines[device, op, dtype] = _lines(op, dtype, rule, group, _relative(path))
     return lines
 
 
 def best_rule(op: str, group: Group) -> Rule:
-    """The backends to take, by size of the call; empty where there is one alone, or none that can serve."""
+    """The backends to select, by size of the call; empty if only one was measured, or none works in every case."""
     backends = sorted({backend for _, times in group for backend in times})
     if len(backends) < 2:
         return []
@@ -92,20 +94,20 @@ def best_rule(op: str, group: Group) -> Rule:
         for size in sorted({size for size, _ in group})[:-1]
         for above in last
         for below in backends
-        if below != above and ((op, below) != ("info_nce", "eager") or size <= MOST_PAIRS_OF_EAGER)
+        if below != above and ((op, below) != ("info_nce", "eager") or size <= MAX_PAIRS_OF_EAGER)
     ]
 
     def mean(rule: Rule) -> float:
-        return math.exp(sum(math.log(times.get(_chosen(rule, size), math.inf)) for size, times in group) / len(group))
+        return math.exp(sum(math.log(times.get(_selected(rule, size), math.inf)) for size, times in group) / len(group))
 
     best = min(single, key=mean)
     split = min(double, key=mean, default=best)
-    best = split if mean(best) > GAIN_OF_A_CROSSOVER * mean(split) else best
+    best = split if mean(best) > LEAST_GAIN_OF_CROSSOVER * mean(split) else best
     return best if mean(best) < math.inf else []
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], Group]:
-    """What ours took by backend, case by case; cases in which none was timed are left out."""
+    """The times of lfcc by backend, case by case, without cases in which none was timed."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.op and row.ours and row.dtype != "float64":
@@ -121,37 +123,31 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], Group]:
 def _lines(op: str, dtype: str, rule: Rule, group: Group, path: str) -> list[dict]:
     lines = []
     for bound, backend in rule:
-        cases = [times for size, times in group if _chosen(rule, size) == backend]
-        runners_up = [
+        cases = [times for size, times in group if _selected(rule, size) == backend]
+        worst = min(
             min((time for name, time in times.items() if name != backend), default=math.inf) / times[backend]
             for times in cases
-        ]
-        worst = min(runners_up)
-        lines.append(
-            {
-                "op": op,
-                "dtype": dtype,
-                "up_to": bound,
-                "backend": backend,
-                "record": path,
-                "cases": len(cases),
-                "worst": round(worst, 3) if worst < math.inf else None,
-            }
         )
+        worst = round(worst, 3) if worst < math.inf else None
+        line = {"op": op, "dtype": dtype, "up_to": bound, "backend": backend}
+        lines.append(line | {"record": path, "cases": len(cases), "worst": worst})
     return lines
 
 
-def _chosen(rule: Rule, size: int) -> str:
+def _selected(rule: Rule, size: int) -> str:
     return next(backend for bound, backend in rule if bound is None or size <= bound)
 
 
-def _name(path: str | Path) -> str:
-    """Of a record, from the root of the checkout where it lies in it."""
+def _relative(path: str | Path) -> str:
+    """The path of a record, relative to the root of the checkout if it lies inside."""
     path, root = Path(path).resolve(), PACKAGE.parent
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _words(line: dict) -> str:
-    bound = "else" if line["up_to"] is None else f"up to {line['up_to']}"
-    worst = "" if line["worst"] is None else f", worst {line['worst']}x"
-    return f"{bound} {line['backend']} by {line['cases']} cases{worst}, {line['record']}"
+def _describe(lines: Sequence[dict]) -> str:
+    texts = []
+    for line in lines:
+        bound = f"up to size {line['up_to']} " if line["up_to"] else "above " if len(lines) > 1 else ""
+        worst = "" if line["worst"] is None else f", at least {line['worst']}x as fast as the next"
+        texts.append(f"{bound}{line['backend']} ({line['cases']} cases{worst}, {line['record']})")
+    return "; ".join(texts)

@@ -83,11 +83,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The candidate as tables and plots show it: "lfcc", "lfcc (BACKEND)", or the peer."""
-        _, _, backend = self.candidate.partition(", ")
-        if not self.ours:
-            return self.candidate
-        return f"lfcc ({backend})" if backend else "lfcc"
+        """The candidate as tables and plots show it."""
+        return display(self.candidate)
 
     @property
     def ours(self) -> bool:
@@ -98,6 +95,14 @@ class Row:
     def peer(self) -> bool:
         """Whether the candidate is another implementation of the same computation."""
         return not self.ours and self.candidate != BASELINE
+
+
+def display(candidate: str) -> str:
+    """A candidate as tables and plots show it: "lfcc", "lfcc (BACKEND)", or the peer."""
+    name, _, backend = candidate.partition(", ")
+    if name != "ours":
+        return candidate
+    return f"lfcc ({backend})" if backend else "lfcc"
 
 
 def new(request: Request) -> dict:

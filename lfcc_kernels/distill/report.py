@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lfcc_kernels.pages import Picture, Rows, html_link, html_table, write_html, write_picture
+from lfcc_kernels.html import Picture, Rows, html_link, html_table, write_html, write_picture
 
 from .run_folder import read_csv
 

@@ -126,11 +126,11 @@ def test_errors_that_grew_beyond_rounding(dtype, old, new, grown):
 
 def test_other_sizes_and_devices_are_refused():
     full, quick = (results(timed("ours", 1.0), size=size) for size in ("full", "quick"))
-    with pytest.raises(ValueError, match="OLD is of full size and NEW of quick"):
+    with pytest.raises(ValueError, match="OLD has size full but NEW has size quick"):
         compare.compare(full, quick)
     other = results(timed("ours", 1.0))
     other["runs"]["default"]["environment"] = other["runs"]["default"]["environment"] | {"device": "Sundial 2"}
-    with pytest.raises(ValueError, match="OLD was measured on Abacus 9000 and NEW on Sundial 2"):
+    with pytest.raises(ValueError, match="OLD has device Abacus 9000 but NEW has device Sundial 2"):
         compare.compare(full, other)
 
 
@@ -146,7 +146,7 @@ def test_the_command_fails_where_something_became_slower(tmp_path, capsys):
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("slower "))
     assert CASE in line and line.split()[-6:] == ["1", "3", "3.00x", "1.00x", "3.00x", "5%"]
-    assert "noise = " in printed and f"memory: default, {CASE}, ours, 0.0 to 8.0 MiB" in printed
+    assert "noise = " in printed and f"memory: default, {CASE}, lfcc, 0.0 to 8.0 MiB" in printed
     assert "1 slower, 0 faster, 0 broken" in printed
     assert compare.main(new, old) == 0
     assert "0 slower, 1 faster, 0 broken" in capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_the_command_fails_where_something_broke_but_not_for_what_is_absent(tmp_
     cases = [CASE.replace("2x8", f"{n}x8") for n in range(7)]
     old = save(tmp_path / "old.json", *(timed("ours", 1.0, case=case) for case in cases))
     assert compare.main(old, save(tmp_path / "new.json", row(cases[0], "ours", status="failed", note="boom"))) == 1
-    assert f"broken: default, {cases[0]}, ours, failed: boom" in capsys.readouterr().out
+    assert f"broken: default, {cases[0]}, lfcc, failed: boom" in capsys.readouterr().out
     assert compare.main(old, save(tmp_path / "new.json", replace(row(cases[0], "ours"), median_ms=1.0))) == 0
     printed = capsys.readouterr().out
-    assert f"only in OLD: default, {cases[1]}, ours; " in printed and "; and 1 more" in printed
+    assert f"only in OLD: default, {cases[1]}, lfcc; " in printed and "; and 1 more" in printed

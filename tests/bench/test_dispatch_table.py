@@ -122,7 +122,7 @@ def test_what_is_not_compared_gives_no_line(tmp_path):
     ]
     path = save(tmp_path / "r.json", results(*rows))
     assert lines_of(path) == {}
-    with pytest.raises(ValueError, match=r"r\.json: no op was measured by two backends"):
+    with pytest.raises(ValueError, match=r"r\.json has no op measured on two backends"):
         dispatch.main([path], tmp_path / "table.json")
     assert not (tmp_path / "table.json").exists()
 
@@ -160,15 +160,15 @@ def test_a_record_replaces_what_it_measured_and_nothing_else(tmp_path, capsys):
     table.write_text(json.dumps({"sm_90": [gpu]}))
     first = [measured("a.json", "lowpass", 1.0), measured("b.json", "info_nce", 1.0)]
     dispatch.main(first, table)
-    assert "cpu lowpass float32: else cpu by 4 cases, worst 2.0x" in capsys.readouterr().out
+    assert "cpu lowpass float32: cpu (4 cases, at least 2.0x as fast as the next, " in capsys.readouterr().out
     dispatch.main([measured("c.json", "lowpass", 4.0)], table)
     printed = capsys.readouterr().out
     assert (
-        "up to 1 eager by 2 cases, worst 2.0x" in printed
-        and f"was else cpu by 4 cases, worst 2.0x, {first[0]}" in printed
+        "up to size 1 eager (2 cases, at least 2.0x as fast as the next, " in printed
+        and f"before: cpu (4 cases, at least 2.0x as fast as the next, {first[0]})" in printed
     )
     dispatch.main([tmp_path / "c.json"], table)
-    assert "as before" in capsys.readouterr().out
+    assert "unchanged" in capsys.readouterr().out
     written = json.loads(table.read_text())
     assert written["sm_90"] == [gpu]
     assert [(line["op"], line["up_to"], line["backend"], Path(line["record"]).name) for line in written["cpu"]] == [

@@ -10,7 +10,7 @@ from rows import results, row
 
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.loss_figure import loss_values
-from lfcc_kernels.bench.page import write_page
+from lfcc_kernels.bench.report import write_report
 
 ROOT = Path(__file__).parents[2]
 FIGURE = ROOT / "docs/images/loss.svg"
@@ -25,7 +25,7 @@ def test_figure_is_drawn_from_its_record(tmp_path):
     source = ROOT / "benchmarks/results" / metadata(FIGURE, "source")
     expected = loss_values(record.rows_of(record.load(source)["runs"]["default"]))
     assert json.loads(metadata(FIGURE, "description")) == expected
-    write_page(source, tmp_path)
+    write_report(source, tmp_path)
     redrawn = (tmp_path / "loss.svg").read_text()
     assert redrawn.startswith("<?xml")
     if f"Matplotlib v{matplotlib.__version__}," in FIGURE.read_text():
@@ -66,5 +66,5 @@ def test_record_without_the_whole_loss_has_no_figure(tmp_path):
     rows = [row("lowpass-nchw-2x8x4x4-float32-fwd", name) for name in ("ours", "eager")]
     path = tmp_path / "record.json"
     record.save(path, results(*rows))
-    write_page(path, tmp_path / "out")
+    write_report(path, tmp_path / "out")
     assert not (tmp_path / "out/loss.svg").exists()

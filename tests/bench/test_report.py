@@ -7,12 +7,11 @@ from matplotlib.colors import to_hex
 from rows import results, row
 
 from lfcc_kernels.bench import record
-from lfcc_kernels.bench.page import write_page
-from lfcc_kernels.bench.pictures import LOSS, pictures
-from lfcc_kernels.bench.series import OURS, series
+from lfcc_kernels.bench.plots import LFCC, SLOWER, plots, series
+from lfcc_kernels.bench.report import write_report
 
 POOLING, PRODUCTS = "lowpass-nchw-2x8x4x4-float32-fwd", "info_nce-one-way-4096x512-float32-fwd+bwd"
-NAMES = ["time-against-b", "memory-against-b", "wins-and-losses", "roofline", "bandwidth", "floors"]
+NAMES = ["time-against-b", "memory-against-b", "speedups", "roofline", "bandwidth", "floors"]
 
 
 def growing(candidate: str, milliseconds: float, **fields) -> list[record.Row]:
@@ -48,7 +47,7 @@ def figure(name: str, drawn: list) -> object:
 def test_page_holds_tables_and_every_picture(tmp_path):
     path = tmp_path / "record.json"
     record.save(path, results(*rows(), row(POOLING, "kornia", status="skipped", note="1 < 2")))
-    page = write_page(path, tmp_path / "out")
+    page = write_report(path, tmp_path / "out")
     text = page.read_text()
     shown = [base64.b64decode(code) for code in re.findall(r"data:image/png;base64,([^\"]+)", text)]
     assert shown == [(page.parent / f"{name}.png").read_bytes() for name in NAMES]
@@ -69,7 +68,7 @@ def test_page_beside_its_record(tmp_path):
     path = tmp_path / "record.json"
     record.save(path, results(row(POOLING, "ours", status="failed", note="no")))
     before = path.stat().st_mtime_ns
-    assert "<td>no</td>" in write_page(path, tmp_path).read_text()
+    assert "<td>no</td>" in write_report(path, tmp_path).read_text()
     assert path.stat().st_mtime_ns == before
     assert not list(tmp_path.glob("*.png"))
 
@@ -79,10 +78,10 @@ def test_of_two_heaps_one_is_drawn(tmp_path):
     record.save(
         path, results(*(row(POOLING, name, run=run) for run in ("kept", "default") for name in ("ours", "eager")))
     )
-    text = write_page(path, tmp_path).read_text()
-    assert "loses 0 of 1," in text  # the picture
+    text = write_report(path, tmp_path).read_text()
+    assert "slower in 0 of 1 cases" in text  # the picture
     assert "in 0 of 2 cases" in text  # the tables
-    assert "The run under the default heap is drawn." in text
+    assert "The plots show the run with the default heap." in text
 
 
 @pytest.mark.parametrize("text", ["", "epoch,step\n", "{}", "[1]", '{"schema": 2, "runs": {}}'])
@@ -90,7 +89,7 @@ def test_what_is_no_record_is_refused(text, tmp_path):
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"record\.json"):
-        write_page(path, tmp_path / "out")
+        write_report(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -98,16 +97,16 @@ def test_record_without_rows_is_refused(tmp_path):
     path = tmp_path / "record.json"
     record.save(path, results())
     with pytest.raises(ValueError, match="no rows"):
-        write_page(path, tmp_path / "out")
+        write_report(path, tmp_path / "out")
 
 
 def test_lines_of_a_series():
     drawn = series(rows())
     (axes,) = figure("time-against-b", drawn).axes
     lines = {to_hex(line.get_color()): line.get_xydata().tolist() for line in axes.lines}
-    assert lines[OURS] == [[64, 6.4], [128, 12.8], [4096, 409.6]]
+    assert lines[LFCC] == [[64, 6.4], [128, 12.8], [4096, 409.6]]
     assert len(lines) == 2
-    assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylabel()) == ("log", "log", "time, ms")
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylabel()) == ("log", "log", "time (ms)")
     band = axes.collections[1].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.9 * 6.4, 1.1 * 409.6))
     (axes,) = figure("memory-against-b", drawn).axes
@@ -128,9 +127,9 @@ def test_every_label_dtype_and_mode_has_a_panel_and_every_axis_a_picture():
 
 
 def test_losses_are_the_first_bars_in_their_own_color():
-    (axes,) = figure("wins-and-losses", pictures(rows())).axes
+    (axes,) = figure("speedups", plots(rows())).axes
     bars = [(to_hex(bar.get_facecolor()), 1 + bar.get_width()) for bar in axes.patches]
-    assert bars == [(LOSS, 0.5), *[(OURS, pytest.approx(2))] * 3, (OURS, 4)]
+    assert bars == [(SLOWER, 0.5), *[(LFCC, pytest.approx(2))] * 3, (LFCC, 4)]
     assert [text.get_text() for text in axes.texts][::4] == ["0.5x eager", "4x eager"]
     assert axes.get_yticklabels()[0].get_text() == "lowpass nchw 2x8x4x4 float32 fwd"
     bottom, top = axes.get_ylim()
@@ -138,7 +137,7 @@ def test_losses_are_the_first_bars_in_their_own_color():
 
 
 def test_roofline_has_the_measured_roof_and_rates():
-    (axes,) = figure("roofline", pictures(rows())).axes
+    (axes,) = figure("roofline", plots(rows())).axes
     roof = axes.lines[0].get_xydata()
     assert roof[1].tolist() == [10, 100]  # copies at 10 GB/s meet GEMMs of 100 GFLOP/s
     assert roof[0, 1] == pytest.approx(10 * roof[0, 0])
@@ -148,7 +147,7 @@ def test_roofline_has_the_measured_roof_and_rates():
 
 
 def test_what_counts_no_flops_is_shown_in_bytes_a_second():
-    (axes,) = figure("bandwidth", pictures([made for made in rows() if not made.axis])).axes
+    (axes,) = figure("bandwidth", plots([made for made in rows() if not made.axis])).axes
     assert [bar.get_width() for bar in axes.patches] == [0.5]
     assert axes.collections[0].get_offsets().tolist() == [[1, 0]]
     assert axes.lines[0].get_xdata()[0] == 10
@@ -156,7 +155,7 @@ def test_what_counts_no_flops_is_shown_in_bytes_a_second():
 
 def test_floors_are_grouped_by_suite_with_the_goal_of_a_case():
     slow = row("info_nce-one-way-8x8-float32-fwd", "ours", fraction_of_floor=0.2)
-    lowpass, info_nce = figure("floors", pictures([*rows(), slow])).axes
+    lowpass, info_nce = figure("floors", plots([*rows(), slow])).axes
     assert [bar.get_width() for bar in lowpass.patches] == [5]
     assert [bar.get_width() for bar in info_nce.patches] == [20, 95]
     goal, whole = info_nce.lines
@@ -168,8 +167,8 @@ def test_a_hundred_long_names_do_not_touch():
     cases = [f"lfcc-{'long-' * 8}{number}-128x4x3-float32-fwd+bwd" for number in range(100)]
     both = (("ours", 1), ("compiled eager, pooled first", 30))
     made = [row(case, name, median_ms=ms, fraction_of_floor=0.5) for case in cases for name, ms in both]
-    for name in ("wins-and-losses", "bandwidth", "floors"):
-        drawn = figure(name, pictures(made))
+    for name in ("speedups", "bandwidth", "floors"):
+        drawn = figure(name, plots(made))
         drawn.draw_without_rendering()
         (axes,) = drawn.axes
         boxes = [label.get_window_extent() for label in axes.get_yticklabels()]

@@ -1,4 +1,4 @@
-"""HTML pages that load nothing from anywhere: tables, and pictures that are PNG files beside the page as well.
+"""Self-contained HTML pages with tables and pictures, for the reports of `lfcc report`.
 
 Needs the extra `lfcc-kernels[report]`.
 """
@@ -29,7 +29,7 @@ figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #555; font
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: `name` is that of its PNG file, `caption` says what is seen."""
+    """A figure of the page. `name` is the stem of its PNG file."""
 
     name: str
     title: str
@@ -38,7 +38,7 @@ class Picture:
 
 
 def write_html(page: Path, title: str, body: Sequence[str]) -> Path:
-    """Write a page of these pieces of HTML; returns its path."""
+    """Write a page with this HTML body; returns its path."""
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     lines = ["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>\n"]
     with replace_file(page) as file:
@@ -47,7 +47,7 @@ def write_html(page: Path, title: str, body: Sequence[str]) -> Path:
 
 
 def write_picture(picture: Picture, output: Path) -> str:
-    """Write the PNG file; returns the HTML that shows the same bytes."""
+    """Write the PNG file; returns HTML that embeds it."""
     png = io.BytesIO()
     picture.figure.savefig(png, format="png", dpi=120)
     with replace_file(output / f"{picture.name}.png") as file:
@@ -60,7 +60,7 @@ def write_picture(picture: Picture, output: Path) -> str:
 
 
 def html_table(rows: Rows) -> str:
-    """One line a row under the keys of the first; nothing without rows."""
+    """One line per row, with the keys of the first row as head; empty without rows."""
 
     def line(cell: str, values: Sequence[object]) -> str:
         return "<tr>" + "".join(f"<{cell}>{html.escape(str(value))}</{cell}>" for value in values) + "</tr>"
@@ -72,5 +72,5 @@ def html_table(rows: Rows) -> str:
 
 
 def html_link(name: str) -> str:
-    """A link to a file beside the page."""
+    """A link to a file in the folder of the page."""
     return f'<a href="{html.escape(name)}">{html.escape(name)}</a>'
