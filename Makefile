@@ -8,6 +8,8 @@ TORCH ?= $(if $(filter .venv,$(VENV)),torch==2.14.1 torchvision==0.29.1,torch to
 OTHER_TORCH ?= torch==2.13.0
 OLD_TRITON := triton==3.6.0
 RUFF := ruff==0.17.6
+MYPY := mypy==2.4.1
+DOCS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 $(RUFF)
 SHARDS = $(shell nproc)
 CUDA_HOME ?= /usr/local/cuda
 
@@ -17,7 +19,7 @@ STAMPS := $(VENV)/.lfcc
 OLD_TRITON_AT := $(VENV)/.triton
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-ddp test lint bench gpu wheel check-wheel clean force
+.PHONY: help demo demo-ddp test lint docs bench gpu wheel check-wheel clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +42,9 @@ test: $(STAMPS)/test $(STAMPS)/triton ## run the tests, those of the Triton kern
 lint: $(STAMPS)/lint ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(STAMPS)/docs ## build the documentation in build/site; broken links fail
+	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --strict
 
 bench: $(STAMPS)/bench $(STAMPS)/peers ## measure the kernels against their peers, half an hour
 	$(BIN)/lfcc bench
@@ -86,8 +91,13 @@ $(BIN)/pip:
 	@$(PYTHON) -m venv $(VENV)
 
 $(STAMPS)/lint: Makefile | $(BIN)/pip
-	@echo "== installing $(RUFF)"
-	@$(PIP) install $(RUFF)
+	@echo "== installing $(RUFF) $(MYPY)"
+	@$(PIP) install $(RUFF) $(MYPY)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/docs: Makefile | $(BIN)/pip
+	@echo "== installing mkdocs-material and mkdocstrings"
+	@$(PIP) install $(DOCS)
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/requested: force | $(BIN)/pip

@@ -1,7 +1,7 @@
-"""Peak memory on a CPU, in a process of its own: `python -m lfcc_kernels.bench.memory REQUEST CASE CANDIDATE...`.
+"""Peak memory on a CPU, in a separate process: `python -m lfcc_kernels.bench.memory REQUEST CASE CANDIDATE...`.
 
-What the process holds at its highest point beyond what it held before the call, less the results and
-gradients that the call returns. Linux's high-water mark counts every allocation, not only those of torch.
+The highest resident memory of the process minus the memory before the call and minus the results and gradients that
+the call returns. Linux's high-water mark includes every allocation, not only those of torch.
 """
 
 import ctypes
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from lfcc_kernels.bench.cases import Candidate, Case, variants
+from lfcc_kernels.bench.machine import open_machine
 from lfcc_kernels.bench.record import Request
 
 
 def _measure(case: Case, warm_up: Case, names: Sequence[str]) -> dict[str, int]:
-    # Libraries take their own buffers with their first call, so that is made small.
+    # Libraries allocate their own buffers in their first call, so that one is small.
     for name in names:
         call, some = warm_up.candidates[name], warm_up.inputs()
         warm_up.run(call, some, _upstream(call, some))
@@ -36,7 +37,7 @@ def _measure(case: Case, warm_up: Case, names: Sequence[str]) -> dict[str, int]:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # lowers the high-water mark to what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
         results = case.run(call, inputs, upstream)
         returned = sum(x.numel() * x.element_size() for x in results)
         peaks[name] = max(0, _status("VmHWM") - before - returned)
@@ -60,5 +61,6 @@ if __name__ == "__main__":
     wanted, *names = sys.argv[2:]
     request = Request(**json.loads(sys.argv[1]))
     request = replace(request, suites=[wanted.split("-")[0]])
-    pairs = zip(variants(request), variants(replace(request, size="tiny")), strict=True)
+    machine = open_machine(request.device, request.size)
+    pairs = zip(variants(request, machine), variants(request, machine.with_tiny_shapes()), strict=True)
     print(json.dumps(next(_measure(case, small, names) for case, small in pairs if case.name == wanted)))

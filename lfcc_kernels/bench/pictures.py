@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lfcc_kernels.bench.goals import GOALS
 from lfcc_kernels.bench.record import Row
 from lfcc_kernels.bench.series import OURS, plain
-from lfcc_kernels.bench.standing import Standing, standings, title
+from lfcc_kernels.bench.tables import Ranking as Standing
+from lfcc_kernels.bench.tables import rankings as standings
+from lfcc_kernels.bench.tables import title
+from lfcc_kernels.bench.targets import TARGETS
 from lfcc_kernels.pages import Picture
 
 PEER, LOSS, GOAL = "#e69f00", "#d55e00", "#e69f00"
@@ -30,23 +32,23 @@ def wins_and_losses(found: Sequence[Standing]) -> Picture | None:
         return None
     figure, axes = _lines(len(found))
     for place, standing in enumerate(found):
-        margin = standing.margin
+        margin = standing.speedup
         axes.barh(place, margin - 1, left=1, color=LOSS if margin < 1 else OURS, height=0.7)
         axes.annotate(
-            f"{standing.factor} {standing.fastest.candidate}",
+            f"{standing.speedup_text} {standing.fastest.candidate}",
             (max(margin, 1), place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
         )
-    margins = [standing.margin for standing in found]
+    margins = [standing.speedup for standing in found]
     axes.set(xscale="log", xlabel="time of the fastest peer / time of ours")
     low, high = min(0.9, *margins) / 1.05, max(1.5, *margins)
     axes.set_xlim(low, high * (high / low) ** 0.6)  # with place for the label of the longest bar
     axes.axvline(1, color="black", linewidth=1)
     _factors(axes)
-    _name(axes, [title(standing.ours) for standing in found])
+    _name(axes, [title(standing.lfcc) for standing in found])
     lost = sum(margin < 1 for margin in margins)
     caption = (
         f"Every case against the fastest of all that is not ours, on a logarithmic axis: ours loses {lost} of "
@@ -59,20 +61,20 @@ def roofline(found: Sequence[Standing]) -> Picture | None:
     """Reached FLOP rate against FLOPs a byte, one panel a dtype, for the cases that count FLOPs."""
     dtypes: dict[str, list[Standing]] = defaultdict(list)
     for standing in found:
-        if standing.ours.flops and standing.ours.bytes and standing.ours.gemm_gflops and standing.ours.copy_gbps:
-            dtypes[standing.ours.dtype].append(standing)
+        if standing.lfcc.flops and standing.lfcc.bytes and standing.lfcc.gemm_gflops and standing.lfcc.copy_gbps:
+            dtypes[standing.lfcc.dtype].append(standing)
     if not dtypes:
         return None
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
     for axes, (dtype, some) in zip(panels, dtypes.items(), strict=True):
-        copy = statistics.median(standing.ours.copy_gbps for standing in some)
-        gemm = statistics.median(standing.ours.gemm_gflops for standing in some)
-        intensities = [standing.ours.flops / standing.ours.bytes for standing in some]
+        copy = statistics.median(standing.lfcc.copy_gbps for standing in some)
+        gemm = statistics.median(standing.lfcc.gemm_gflops for standing in some)
+        intensities = [standing.lfcc.flops / standing.lfcc.bytes for standing in some]
         ends = min(*intensities, gemm / copy) / 3, max(*intensities, gemm / copy) * 3
         axes.plot((ends[0], gemm / copy, ends[1]), (ends[0] * copy, gemm, gemm), color="black", linewidth=1.2)
         ours, fastest = (
-            [_gflops(row) for row in rows] for rows in zip(*((s.ours, s.fastest) for s in some), strict=True)
+            [_gflops(row) for row in rows] for rows in zip(*((s.lfcc, s.fastest) for s in some), strict=True)
         )
         axes.vlines(intensities, ours, fastest, color="#999999", linewidth=0.8)
         axes.scatter(intensities, ours, s=28, color=OURS, marker="o", zorder=3, label="ours")
@@ -94,19 +96,19 @@ def roofline(found: Sequence[Standing]) -> Picture | None:
 
 def bandwidth(found: Sequence[Standing]) -> Picture | None:
     """Bytes a second reached, for the cases that count no FLOPs."""
-    found = [standing for standing in found if standing.ours.bytes and not standing.ours.flops]
-    found = sorted((s for s in found if s.ours.copy_gbps), key=lambda standing: _gbps(standing.ours))
+    found = [standing for standing in found if standing.lfcc.bytes and not standing.lfcc.flops]
+    found = sorted((s for s in found if s.lfcc.copy_gbps), key=lambda standing: _gbps(standing.lfcc))
     if not found:
         return None
     figure, axes = _lines(len(found))
     places = range(len(found))
-    bars = axes.barh(places, [_gbps(standing.ours) for standing in found], color=OURS, height=0.7)
+    bars = axes.barh(places, [_gbps(standing.lfcc) for standing in found], color=OURS, height=0.7)
     fastest = [_gbps(standing.fastest) for standing in found]
     marks = axes.scatter(fastest, places, color=PEER, edgecolor="black", marker="D", s=28, zorder=3)
-    copy = statistics.median(standing.ours.copy_gbps for standing in found)
+    copy = statistics.median(standing.lfcc.copy_gbps for standing in found)
     roof = axes.axvline(copy, color="black", linestyle="--", linewidth=1.2)
-    axes.set(xlabel="GB/s of the bytes counted", xlim=(0, 1.05 * max(copy, *fastest, _gbps(found[-1].ours))))
-    _name(axes, [title(standing.ours) for standing in found])
+    axes.set(xlabel="GB/s of the bytes counted", xlim=(0, 1.05 * max(copy, *fastest, _gbps(found[-1].lfcc))))
+    _name(axes, [title(standing.lfcc) for standing in found])
     names = ("ours", "fastest peer", f"copy bandwidth, {copy:,.0f} GB/s")
     figure.legend((bars, marks, roof), names, loc="outside lower center", ncols=3, frameon=False)
     caption = (
@@ -131,8 +133,8 @@ def floors(rows: Sequence[Row]) -> Picture | None:
         bars = axes.barh(range(len(some)), [100 * row.fraction_of_floor for row in some], color=OURS, height=0.7)
         axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8, bbox={"color": "white", "pad": 0.6})
         for place, row in enumerate(some):
-            for goal in GOALS:
-                if goal.floor_of == row.case and row.run in goal.runs:
+            for goal in TARGETS:
+                if (goal.metric, goal.cases) == ("floor", (row.case,)) and row.run in goal.runs:
                     axes.plot((goal.bound,) * 2, (place - 0.45, place + 0.45), color=GOAL, linewidth=2.5)
         axes.axvline(100, color="black", linestyle="--", linewidth=1.2)
         axes.set_title(suite, fontsize=10, loc="left")

@@ -1,101 +1,147 @@
-"""The tables of a record, as text for Markdown and for the page: losing cases come first everywhere."""
+"""Tables of a record, for Markdown and for the HTML report. Cases in which lfcc is slower come first everywhere."""
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from lfcc_kernels.bench import record
-from lfcc_kernels.bench.goals import GOALS, Goal
 from lfcc_kernels.bench.record import Row
-from lfcc_kernels.bench.standing import Standing, standings, title
+from lfcc_kernels.bench.targets import TARGETS
 
-Table = list[dict[str, str]]  # lines under the same heads; empty where there is nothing to show
+Table = list[dict[str, str]]  # one dict per line, all with the same keys
 
+SLOWER, FASTER = "Slower than the fastest peer", "Faster than the fastest peer"
+MEMORY = "Peak memory beyond inputs, results and gradients (MiB)"
 NOTES = (
-    "Times: median of interleaved rounds, with the 20 and 80 % quantiles.",
-    "Over fastest peer: the best of all that is not ours, eager included, by its own time alone: what its user must "
-    "convert first is not in it, so this is its best light. Conversion: what that would cost, and the way back of "
-    "the gradients. Below 1x ours loses.",
-    "Of floor: the least time for the work counted, at the copy bandwidth and GEMM rate measured just before, over "
-    "ours, as the median of rounds; then the rate of the bytes or of the FLOPs counted, whichever bound the floor.",
-    "Error: the largest deviation of result and gradients from eager in float64, over the largest value of each; "
-    "* marks one from eager in the case's own dtype, where float64 would take too much memory.",
-    "Counted: X, S, T bytes of the map, of the student's and of the teacher's maps, Y of the pyramids; B rows of D "
-    "values; s x s cells of C_s or C_t channels.",
+    "Times are medians of interleaved rounds, with the 20 % and 80 % quantiles.",
+    "Speedup over fastest peer: time of the fastest other implementation, eager included, over the time of lfcc. Below "
+    "1x lfcc is slower. It excludes the conversion of that peer's inputs and gradients, which has its own column.",
+    "Fraction of floor: the floor is the least time for the counted work at the copy bandwidth and GEMM rate measured "
+    "just before; the fraction is floor / time, median over rounds. The rate is that of the counted bytes or FLOPs, "
+    "whichever bounds the floor.",
+    "Error: largest deviation of result and gradients from eager in float64, relative to the largest value of each. "
+    "* marks a reference in the case's own dtype, used if float64 would need too much memory.",
+    "Work counted: X, S and T are the bytes of the map, of the student's maps and of the teacher's maps, Y those of "
+    "the pyramids; B rows of D values; s x s cells of C_s or C_t channels.",
 )
 GPU_NOTE = (
-    "Time is that of the device, whose host is ahead by then, and in the overhead cases that of the host. Where "
-    "something takes under 50 us, replays of captured calls are timed."
+    "GPU times are device times with all launches enqueued beforehand; the overhead suite reports host times. Below 50 "
+    "us, replays of captured CUDA graphs are timed."
 )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The timed candidates of one case in one run: lfcc, at least one peer, and lfcc on other backends."""
+
+    lfcc: Row
+    peers: tuple[Row, ...]
+    others: tuple[Row, ...] = ()
+
+    @property
+    def fastest(self) -> Row:
+        """The fastest peer, eager included, by its time without conversion."""
+        return min(self.peers, key=lambda row: row.median_ms)
+
+    @property
+    def speedup(self) -> float:
+        """Time of the fastest peer over time of lfcc."""
+        return self.fastest.median_ms / self.lfcc.median_ms
+
+    @property
+    def speedup_text(self) -> str:
+        """The speedup as "2.5x", rounded down below 1 so that no loss reads as a draw."""
+        return f"{math.floor(1000 * self.speedup) / 1000 if self.speedup < 1 else self.speedup:.3g}x"
+
+    @property
+    def eager(self) -> Row | None:
+        return next((row for row in self.peers if row.candidate == "eager"), None)
+
+
+def rankings(rows: Iterable[Row]) -> list[Ranking]:
+    """The cases in which lfcc and a peer were timed, by increasing speedup."""
+    cases: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.median_ms is not None:
+            cases[row.run, row.case].append(row)
+    found = []
+    for timed in cases.values():
+        lfcc = [row for row in timed if row.candidate == "ours"]
+        peers = tuple(row for row in timed if row.peer)
+        if lfcc and peers:
+            others = tuple(row for row in timed if row.ours and row.candidate != "ours")
+            found.append(Ranking(lfcc[0], peers, others))
+    return sorted(found, key=lambda ranking: ranking.speedup)
+
+
+def title(row: Row) -> str:
+    """The case of a row in words."""
+    return f"{row.suite} {row.label} {'x'.join(map(str, row.shape))} {row.dtype} {row.mode}"
 
 
 def markdown(results: dict) -> str:
-    """All tables of a record, with "###" heads, what `readme` has first."""
-    _, others = times(results)
-    sections = [
-        readme(results),
-        f"### Other cases\n\n{_markdown_table(others)}",
-        f"### Peak memory beyond inputs, results and gradients, MiB\n\n{_markdown_table(memory(results))}",
-        f"### Not timed\n\n{_markdown_table(left_out(results))}",
-    ]
-    return "\n\n".join(sections)
+    """All tables of a record under "###" headings; begins with `overview`."""
+    _, faster = times(results)
+    tables = {FASTER: faster, MEMORY: memory(results), "Not timed": not_timed(results)}
+    return "\n\n".join([overview(results), *(f"### {head}\n\n{_markdown_table(t)}" for head, t in tables.items())])
 
 
-def readme(results: dict) -> str:
-    """What the README shows of a record: where it ran, losing cases first, what was to be reached, how to read it."""
-    losing, _ = times(results)
+def overview(results: dict) -> str:
+    """The part of the tables that docs/benchmarks.md shows: machine, slower cases, targets, and notes."""
+    slower, _ = times(results)
     sections = [
         *facts(results),
-        f"### Losing cases, worst first\n\n{summary(results)}\n\n{_markdown_table(losing)}",
-        f"### Must reach\n\n{_markdown_table(goals(results))}",
+        f"### {SLOWER}\n\n{summary(results)}\n\n{_markdown_table(slower)}",
+        f"### Targets\n\n{_markdown_table(targets(results))}",
         "\n".join(f"- {note}" for note in notes(results)),
     ]
     return "\n\n".join(sections)
 
 
 def facts(results: dict) -> list[str]:
-    """One line a run: the device, what it reached and under which load, and what ran on it."""
-    sizes = {"quick": " A quick run, of few cases.", "tiny": " Tiny shapes, a smoke test: the times mean nothing."}
+    """One line per run: device, measured ceilings, load, and versions."""
+    sizes = {"quick": " Quick run with few cases.", "tiny": " Smoke test with tiny shapes: the times are meaningless."}
     size = sizes.get(record.request(results).size, "")
+    names = {"default": "Default heap", "kept": "Kept heap", "cuda": "GPU"}
     return [
-        f"{_run_name(name)}: {_fact(name, run['environment'], record.rows_of(run))}{size}"
+        f"{names.get(name, name)}: {_fact(name, run['environment'], record.rows_of(run))}{size}"
         for name, run in results["runs"].items()
     ]
 
 
 def notes(results: dict) -> list[str]:
-    """How the tables are to be read."""
+    """How to read the tables."""
     return [*NOTES, *([GPU_NOTE] if "cuda" in results["runs"] else [])]
 
 
 def summary(results: dict) -> str:
-    """How many cases ours loses."""
-    margins = [standing.margin for standing in standings(record.rows(results))]
-    lost = sum(margin < 1 for margin in margins)
-    return f"Ours loses {lost} of {len(margins)} cases to its fastest peer."
+    """In how many cases lfcc is slower."""
+    speedups = [ranking.speedup for ranking in rankings(record.rows(results))]
+    return f"lfcc is slower than the fastest peer in {sum(s < 1 for s in speedups)} of {len(speedups)} cases."
 
 
 def times(results: dict) -> tuple[Table, Table]:
-    """The cases that ours loses, worst first, and all others, each without the columns that would be empty."""
-    found = standings(record.rows(results))
-    lines = [{head: text(standing) for head, text in COLUMNS.items()} for standing in found]
+    """The cases in which lfcc is slower, worst first, and all others; empty columns are left out."""
+    found = rankings(record.rows(results))
+    lines = [{head: text(ranking) for head, text in COLUMNS.items()} for ranking in found]
     if len(results["runs"]) > 1:
-        lines = [{"case": line["case"], "run": s.ours.run, **line} for s, line in zip(found, lines, strict=True)]
-    lost = sum(standing.margin < 1 for standing in found)
-    return _used(lines[:lost]), _used(lines[lost:])
+        lines = [{"case": line["case"], "run": r.lfcc.run, **line} for r, line in zip(found, lines, strict=True)]
+    slower = sum(ranking.speedup < 1 for ranking in found)
+    return _used(lines[:slower]), _used(lines[slower:])
 
 
-def goals(results: dict) -> Table:
-    """The bounds that were set for these runs; what is not reached comes first, what was not measured last."""
-    rows = record.rows(results)
+def targets(results: dict) -> Table:
+    """The targets of these runs: missed ones first, those that were not measured last."""
     lines = []
     for run in results["runs"]:
-        measured = {(row.case, row.candidate): row for row in rows if row.run == run}
-        lines += [{"what": goal.what, "run": run, **_verdict(goal, measured)} for goal in GOALS if run in goal.runs]
-    return sorted(lines, key=lambda line: ("no", "yes", "").index(line["reached"]))
+        measured = {(row.case, row.candidate): row for row in record.rows(results) if row.run == run}
+        lines += [{"what": t.what, "run": run, **t.verdict(measured)} for t in TARGETS if run in t.runs]
+    return sorted(lines, key=lambda line: ("no", "yes", "").index(line["met"]))
 
 
 def memory(results: dict) -> Table:
-    """Peak memory of every candidate where it was measured."""
+    """Peak memory of every candidate for which it was measured."""
     cases: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in record.rows(results):
         if row.peak_memory_bytes is not None:
@@ -103,44 +149,41 @@ def memory(results: dict) -> Table:
     return [
         {
             "case": title(rows[0]),
-            "ours": "; ".join(_mebibytes(row) for row in rows if row.ours),
+            "lfcc": "; ".join(_mebibytes(row) for row in rows if row.ours),
             "peers": "; ".join(_mebibytes(row) for row in rows if row.peer),
         }
         for rows in cases.values()
     ]
 
 
-def left_out(results: dict) -> Table:
-    """What was not timed and why; wrong and failed ones come before those that were skipped."""
+def not_timed(results: dict) -> Table:
+    """Candidates without a time and the reason: wrong and failed ones before skipped ones."""
     found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in record.rows(results):
         if row.status != "ok":
-            found[row.status, row.run, row.candidate, row.note].append(row)
-    ordered = sorted(found.items(), key=lambda item: ("wrong", "failed", "skipped").index(item[0][0]))
+            found[row.status, row.run, row.name, row.note].append(row)
     return [
         {
-            "candidate": candidate,
+            "candidate": name,
             "run": run,
             "status": status,
             "reason": reason,
             "cases": f"{len(rows)} cases" if status == "skipped" and len(rows) > 3 else "; ".join(map(_case, rows)),
         }
-        for (status, run, candidate, reason), rows in ordered
+        for (status, run, name, reason), rows in sorted(
+            found.items(), key=lambda item: ("wrong", "failed", "skipped").index(item[0][0])
+        )
     ]
 
 
 def _used(table: Table) -> Table:
-    """The columns in which a line has something."""
+    """The columns that are not empty everywhere."""
     return [{head: line[head] for head in line if any(other[head] for other in table)} for line in table]
-
-
-def _run_name(name: str) -> str:
-    return {"default": "Default heap", "kept": "Kept heap", "cuda": "GPU"}.get(name, name)
 
 
 def _fact(name: str, env: dict, rows: Sequence[Row]) -> str:
     if not env:
-        return "nothing was measured, the process ended before its first case."
+        return "nothing was measured; the process ended before its first case."
     if name == "cuda":
         machine = [
             f"{env['device']}, {env['multiprocessors']} multiprocessors, L2 {env['last_cache_bytes'] / 2**20:.0f} MiB",
@@ -168,66 +211,49 @@ def _fact(name: str, env: dict, rows: Sequence[Row]) -> str:
 
 
 def _span(values: Sequence[float | None], form: str = ".0f") -> str:
-    """Lowest to highest."""
     known = [value for value in values if value is not None]
     return f"{min(known):{form}} to {max(known):{form}}" if known else "?"
-
-
-def _verdict(goal: Goal, rows: dict[tuple[str, str], Row]) -> dict[str, str]:
-    bound = f"{'>=' if goal.at_least else '<='} {goal.bound:g} {goal.unit}"
-    try:
-        measured = goal.measure(rows)
-    except LookupError:
-        return {"must reach": bound, "measured": "not measured", "reached": ""}
-    reached = "yes" if goal.reached(measured) else "no"
-    return {"must reach": bound, "measured": f"{measured:.3g} {goal.unit}", "reached": reached}
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _times(standing: Standing) -> str:
-    ours = standing.ours
-    return f"{_number(ours.median_ms)} ({_number(ours.q20_ms)} to {_number(ours.q80_ms)})"
+def _time(ranking: Ranking) -> str:
+    return "{} ({} to {})".format(*(_number(getattr(ranking.lfcc, q)) for q in ("median_ms", "q20_ms", "q80_ms")))
 
 
-def _floor(standing: Standing) -> str:
-    ours = standing.ours
-    return "" if ours.fraction_of_floor is None else f"{ours.fraction_of_floor:.0%}, {_rate(ours)}"
-
-
-def _rate(row: Row) -> str:
-    """What bounds the floor, at the rate that it is done."""
+def _floor(ranking: Ranking) -> str:
+    """The fraction, and the rate of the work that bounds the floor."""
+    row = ranking.lfcc
+    if row.fraction_of_floor is None:
+        return ""
     bound_by_flops = row.flops / row.gemm_gflops > row.bytes / row.copy_gbps
     work, unit = (row.flops, "FLOP/s") if bound_by_flops else (row.bytes, "B/s")
     rate = work / (row.median_ms / 1e3)
-    return f"{rate / 1e12:.3g} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.3g} G{unit}"
+    text = f"{rate / 1e12:.3g} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.3g} G{unit}"
+    return f"{row.fraction_of_floor:.0%}, {text}"
 
 
-def _over_fastest(standing: Standing) -> str:
-    return f"{standing.factor} {standing.fastest.candidate}, {_number(standing.fastest.median_ms)} ms"
-
-
-def _conversion(standing: Standing) -> str:
-    fastest = standing.fastest
+def _conversion(ranking: Ranking) -> str:
+    fastest = ranking.fastest
     return "" if fastest.conversion_ms is None else f"{fastest.conversion}, {_number(fastest.conversion_ms)} ms"
 
 
-def _backends(standing: Standing) -> str:
-    """Ours by every backend that was timed, where there is more than the one that `auto` takes."""
-    rows = (standing.ours, *standing.others) if standing.others else ()
+def _backends(ranking: Ranking) -> str:
+    """Times of lfcc by backend, if there is more than the one that `auto` selects."""
+    rows = (ranking.lfcc, *ranking.others) if ranking.others else ()
     return ", ".join(f"{row.backend} {_number(row.median_ms)}" for row in rows)
 
 
-def _over_eager(standing: Standing) -> str:
-    speedup = standing.ours.speedup_over_eager
+def _over_eager(ranking: Ranking) -> str:
+    speedup = ranking.lfcc.speedup_over_eager
     return "" if speedup is None else f"{speedup:.2g}x"
 
 
-def _of_ours_and_eager(text: Callable[[Row], str]) -> Callable[[Standing], str]:
-    def both(standing: Standing) -> str:
-        texts = [text(row) for row in (standing.ours, standing.eager) if row]
+def _lfcc_and_eager(text: Callable[[Row], str]) -> Callable[[Ranking], str]:
+    def both(ranking: Ranking) -> str:
+        texts = [text(row) for row in (ranking.lfcc, ranking.eager) if row]
         return " / ".join(texts) if any(texts) else ""
 
     return both
@@ -257,15 +283,15 @@ def _markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-COLUMNS: dict[str, Callable[[Standing], str]] = {
-    "case": lambda standing: title(standing.ours),
-    "ours, ms (20 to 80 %)": _times,
-    "over fastest peer": _over_fastest,
-    "its conversion": _conversion,
-    "over eager": _over_eager,
-    "of floor": _floor,
+COLUMNS: dict[str, Callable[[Ranking], str]] = {
+    "case": lambda ranking: title(ranking.lfcc),
+    "lfcc, ms (20 to 80 %)": _time,
+    "speedup over fastest peer": lambda r: f"{r.speedup_text} {r.fastest.name}, {_number(r.fastest.median_ms)} ms",
+    "conversion for that peer": _conversion,
+    "speedup over eager": _over_eager,
+    "fraction of floor": _floor,
     "by backend, ms": _backends,
-    "share of step, ours / eager": _of_ours_and_eager(_share),
-    "error, ours / eager": _of_ours_and_eager(_error),
-    "counted": lambda standing: standing.ours.formula,
+    "share of step, lfcc / eager": _lfcc_and_eager(_share),
+    "error, lfcc / eager": _lfcc_and_eager(_error),
+    "work counted": lambda ranking: ranking.lfcc.formula,
 }

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ from oracles import loop_info_nce, loop_lowpass
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from lfcc_kernels.bench import machine, peers
-from lfcc_kernels.bench.cases import Converting, conversions, info_nce, lowpass, overhead
+from lfcc_kernels.bench import peers
+from lfcc_kernels.bench.cases import WithConversion, base, info_nce, lowpass, overhead
+from lfcc_kernels.bench.machine import Cpu, Cuda
 from lfcc_kernels.bench.peers import libraries
 
 SCALES = (2, 4, 1)  # in no order, so that a peer must keep it
@@ -38,9 +38,8 @@ def pair(count: int = 37, dim: int = 24) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def full_size_uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a full benchmark runs, but without the seconds that compiling takes."""
-    monkeypatch.setattr(machine, "SIZE", "full")
+def without_compiling() -> Iterator[None]:
+    """Functions for torch.compile run without the seconds that compiling takes."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -57,7 +56,7 @@ def full_size_uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (libraries.pytorch_metric_learning, 37),
     ],
 )
-def test_one_way(peer: Callable[..., Tensor], rows: int, full_size_uncompiled: None) -> None:
+def test_one_way(peer: Callable[..., Tensor], rows: int, without_compiling: None) -> None:
     agree(partial(peer, temperature=0.07), partial(loop_info_nce, temperature=0.07), *pair(rows))
 
 
@@ -85,7 +84,7 @@ def test_nt_xent(peer: Callable[..., Tensor]) -> None:
 
 
 def test_ours_is_nt_xent_by_ids() -> None:
-    case = next(case for case in info_nce.cases(True, torch.float64) if case.label == "nt-xent")
+    case = next(case for case in info_nce.cases(Cpu("tiny"), torch.float64) if case.label == "nt-xent")
     view, other = pair(*case.shape)
     agree(case.candidates["ours"], partial(loop_nt_xent, temperature=0.1), view, other.requires_grad_())
 
@@ -169,7 +168,7 @@ def test_what_is_too_large_says_so() -> None:
     for peer, rows in ((libraries.pytorch_metric_learning, 257), (libraries.pytorch_metric_learning_nt_xent, 129)):
         with pytest.raises(NotImplementedError, match="up to 256 rows, not 25"):
             peer(*pair(rows), 0.1)
-    with FakeTensorMode(), pytest.raises(NotImplementedError, match="up to 256 values a row, not 512"):
+    with FakeTensorMode(), pytest.raises(NotImplementedError, match="up to 256 values per row, not 512"):
         peers.contrast_attention(*torch.empty(2, 8, 512, device="cuda"), 0.1)
 
 
@@ -181,26 +180,27 @@ def test_maps_that_do_not_halve_say_so(shape: tuple[int, int]) -> None:
 
 
 def test_cascade_needs_windows_of_one_size() -> None:
-    with pytest.raises(NotImplementedError, match="14 x 14 is no multiple of 4 x 4"):
+    with pytest.raises(NotImplementedError, match="14 x 14 is not a multiple of 4 x 4"):
         peers.pool_cascade(torch.randn(1, 2, 14, 14), SCALES)
 
 
-def test_only_a_full_benchmark_waits_for_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "SIZE", "quick")
-    with pytest.raises(NotImplementedError, match="only a full benchmark waits"):
-        libraries.cut_cross_entropy(*pair(), 0.1)
+def test_only_a_full_benchmark_waits_for_compilers() -> None:
+    with pytest.raises(NotImplementedError, match="only a full benchmark runs it"):
+        libraries.cut_cross_entropy(*pair(), 0.1, compile=False)
+    eager = {"eager": peers.contrast_dense}
+    assert [list(base.compiled(Cpu(size), eager)) for size in ("quick", "full")] == [[], ["compiled eager"]]
 
 
 def test_two_bytes_are_raised_on_a_cpu() -> None:
     student, teacher = (x.detach().bfloat16() for x in pair())
     dense = partial(peers.contrast_dense, temperature=0.1)
-    call = conversions.raised({"eager": dense}, torch.bfloat16)["eager"]
-    assert isinstance(call, Converting) and call.conversion == "float32"
+    call = base.upcast_on_cpu(Cpu(), {"eager": dense}, torch.bfloat16)["eager"]
+    assert isinstance(call, WithConversion) and call.conversion == "float32"
     loss = call(student.requires_grad_(), teacher)
     torch.testing.assert_close(loss.double(), loop_info_nce(student, teacher, temperature=0.1), rtol=1e-5, atol=0)
     (gradient,) = torch.autograd.grad(loss, student)
     assert gradient.dtype == torch.bfloat16 and gradient.any()
-    assert conversions.raised({"eager": dense}, torch.float32) == {"eager": dense}
+    assert base.upcast_on_cpu(Cpu(), {"eager": dense}, torch.float32) == {"eager": dense}
 
 
 @pytest.mark.parametrize(
@@ -216,23 +216,21 @@ def test_bfloat16_stays_where_the_processor_has_it(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fast: bool, names: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    assert list(conversions.unconverted({"eager": peers.contrast_dense}, dtype)) == names
+    assert list(base.native_bfloat16(Cpu(), {"eager": peers.contrast_dense}, dtype)) == names
 
 
-def test_kernels_for_two_bytes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_for_two_bytes_on_a_gpu() -> None:
     call = peers.contrast_dense
-    assert conversions.in_two_bytes(call, torch.float32) is call  # on a CPU
-    monkeypatch.setattr(machine, "HERE", SimpleNamespace(device=torch.device("cuda")))
-    assert conversions.in_two_bytes(call, torch.float16) is call
-    converting = conversions.in_two_bytes(call, torch.float32)
-    assert isinstance(converting, Converting) and converting.conversion == "bfloat16"
+    assert base.bfloat16_on_gpu(Cpu(), call, torch.float32) is call
+    assert base.bfloat16_on_gpu(Cuda(), call, torch.float16) is call
+    converting = base.bfloat16_on_gpu(Cuda(), call, torch.float32)
+    assert isinstance(converting, WithConversion) and converting.conversion == "bfloat16"
     assert converting.convert(torch.ones(2)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("suite", [lowpass, info_nce, overhead])
-def test_all_candidates_of_a_case_give_what_eager_gives(monkeypatch: pytest.MonkeyPatch, suite) -> None:
-    monkeypatch.setattr(machine, "SIZE", "tiny")
-    full, tiny = suite.cases(False, torch.float64), suite.cases(True, torch.float64)
+def test_all_candidates_of_a_case_give_what_eager_gives(suite) -> None:
+    full, tiny = (suite.cases(Cpu(size), torch.float64) for size in ("quick", "tiny"))
     assert [case.label for case in full] == [case.label for case in tiny]
     ran: set[str] = set()
     for case in tiny:

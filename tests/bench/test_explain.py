@@ -14,9 +14,9 @@ from torch.autograd import DeviceType
 
 import lfcc_kernels as lk
 from lfcc_kernels.bench import explain as module
-from lfcc_kernels.bench import machine
 from lfcc_kernels.bench.cases import Case, Step, variants
-from lfcc_kernels.bench.explain import ProductFlops, _Page, explain
+from lfcc_kernels.bench.explain import ProductFlops, _Breakdown, explain
+from lfcc_kernels.bench.machine import Cpu, Machine
 from lfcc_kernels.bench.record import Request
 
 TINY = Request([], "cpu", "tiny")
@@ -24,7 +24,7 @@ TINY = Request([], "cpu", "tiny")
 
 @pytest.fixture(autouse=True)
 def three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.HERE, "rounds", lambda seconds: 3, raising=False)
+    monkeypatch.setattr(Machine, "rounds", lambda self, seconds: 3)
 
 
 def sections(page: str) -> dict[str, dict[str, tuple[float, float, str]]]:
@@ -41,37 +41,45 @@ def sections(page: str) -> dict[str, dict[str, tuple[float, float, str]]]:
 
 @pytest.mark.parametrize("name", ["lowpass-nchw", "info_nce-one-way", "lfcc-average"])
 def test_the_parts_add_up_to_the_time(name: str) -> None:
-    cases = [case for case in variants(replace(TINY, suites=[name.split("-")[0]])) if case.mode == "fwd+bwd"]
+    cases = [
+        case for case in variants(replace(TINY, suites=[name.split("-")[0]]), Cpu("tiny")) if case.mode == "fwd+bwd"
+    ]
     case = next(case for case in cases if case.name.startswith(name) and case.dtype == torch.float32)
     page = sections(explain(case.name, TINY))
     floor, beyond, passes = page["floor"], page["beyond the floor"], page["by pass"]
     assert page[""].startswith(case.name) and len(floor) == len(case.steps)
-    median = float(re.search(r"^ours \(\w+\) ([\d.e-]+) ms", page[""], re.MULTILINE)[1])
+    median = float(re.search(r"^lfcc \(\w+\) ([\d.e-]+) ms", page[""], re.MULTILINE)[1])
     assert sum(ms for ms, _, _ in (*floor.values(), *beyond.values())) == pytest.approx(median, abs=2e-3, rel=1e-3)
     assert sum(share for _, share, _ in (*floor.values(), *beyond.values())) == pytest.approx(100, abs=0.5)
     assert set(passes) == {"forward", "backward"}
     operators = next(lines for title, lines in page.items() if title.startswith("by operator"))
     assert any(what.startswith("lfcc::") for what in operators)
     if case.steps[-1].flops:
-        done, least = re.fullmatch(r"([\d.e+-]+) GFLOP done, ([\d.e+-]+) of the least", beyond["recompute"][2]).groups()
+        done, least = re.fullmatch(
+            r"([\d.e+-]+) GFLOP computed, ([\d.e+-]+) of the least", beyond["recompute"][2]
+        ).groups()
         flops = sum(step.flops for step in case.steps)
         assert float(done) == pytest.approx(float(least) * flops / 1e9, rel=2e-3)
         assert float(least) >= 1
 
 
 def test_a_backend_that_is_asked_for() -> None:
-    name = next(case.name for case in variants(replace(TINY, suites=["info_nce"])) if "symmetric" in case.name)
+    name = next(
+        case.name for case in variants(replace(TINY, suites=["info_nce"]), Cpu("tiny")) if "symmetric" in case.name
+    )
     page = sections(explain(name, replace(TINY, backend="eager")))
-    assert "ours (eager)" in page[""]
+    assert "lfcc (eager)" in page[""]
     assert not any("lfcc::" in what for lines in page.values() if isinstance(lines, dict) for what in lines)
 
 
 def test_names() -> None:
-    names = [case.name for case in variants(replace(TINY, suites=["lowpass"]))]
-    with pytest.raises(ValueError, match=r"several cases have that in their names.*lowpass"):
+    names = [case.name for case in variants(replace(TINY, suites=["lowpass"]), Cpu("tiny"))]
+    with pytest.raises(ValueError, match=r"several case names contain 'lowpass': .*lowpass"):
         explain("lowpass", TINY)
     misspelt = names[0].replace("lowpass", "lopwass")
-    with pytest.raises(ValueError, match=rf"'{re.escape(misspelt)}': no case has.*closest are.*{re.escape(names[0])}"):
+    with pytest.raises(
+        ValueError, match=rf"no case name contains '{re.escape(misspelt)}'; the closest are.*{re.escape(names[0])}"
+    ):
         explain(misspelt, TINY)
 
 
@@ -79,10 +87,10 @@ def test_ours_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*inputs: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of chalk")
 
-    case = variants(replace(TINY, suites=["overhead"]))[0]
+    case = variants(replace(TINY, suites=["overhead"]), Cpu("tiny"))[0]
     case = replace(case, candidates=case.candidates | {"ours": broken})
-    monkeypatch.setattr(module, "_find", lambda name, request: (case, case))
-    assert explain(case.name, TINY) == f"{case.name}: ours failed, RuntimeError: out of chalk"
+    monkeypatch.setattr(module, "_find", lambda name, request, machine: (case, case))
+    assert explain(case.name, TINY) == f"{case.name}: lfcc failed, RuntimeError: out of chalk"
 
 
 def test_the_floor_is_the_longer_of_moving_and_computing() -> None:
@@ -144,7 +152,7 @@ def test_page_faults_are_counted() -> None:
         assert pages <= module._faults() - before < 2 * pages
 
 
-def test_launches_on_a_gpu_are_the_time_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_on_a_gpu_are_the_time_without_a_kernel() -> None:
     """Two kernels of 30 and 50 us a call in 0.1 ms; an annotation is no kernel."""
 
     def event(microseconds: float, device: DeviceType = DeviceType.CUDA, annotation: bool = False) -> SimpleNamespace:
@@ -154,11 +162,11 @@ def test_launches_on_a_gpu_are_the_time_without_a_kernel(monkeypatch: pytest.Mon
         )
 
     candidates = {"ours": lambda x: 2 * x}
-    page = object.__new__(_Page)
+    page = object.__new__(_Breakdown)
     twin = Case("lowpass", "made-up", (3,), "fwd", lambda: (torch.ones(3),), candidates)
-    page.ours = SimpleNamespace(median_ms=0.1)
+    page.lfcc = SimpleNamespace(median_ms=0.1)
     page.events = [event(30), event(50), event(80, DeviceType.CPU), event(80, annotation=True)]
-    monkeypatch.setattr(machine, "HERE", SimpleNamespace(device=torch.device("cuda"), seconds=lambda step, calls: 4e-5))
+    page.machine = SimpleNamespace(gpu=True, seconds=lambda step, calls: 4e-5)
     what, ms, note = page._launches(twin)
     assert what == "launches" and math.isclose(ms, 0.02, rel_tol=1e-6)
     assert note.startswith("2 kernels and copies take 0.08 ms; the host needs 0.04 ms")

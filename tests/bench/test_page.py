@@ -59,7 +59,7 @@ def test_page_holds_tables_and_every_picture(tmp_path):
     assert "Abacus 9000" in text
     assert "<td>0.5x eager, 1 ms</td>" in text
     assert "<td>1 &lt; 2</td>" in text
-    assert text.index("Losing cases") < text.index("0.5x eager") < text.index("Other cases") < text.index("4x eager")
+    assert text.index("Slower than") < text.index("0.5x eager") < text.index("Faster than") < text.index("4x eager")
     assert {file.name for file in page.parent.iterdir()} == {
         "report.html", "record.json", "record.csv", *(f"{name}.png" for name in NAMES)
     }  # fmt: skip
@@ -81,7 +81,7 @@ def test_of_two_heaps_one_is_drawn(tmp_path):
     )
     text = write_page(path, tmp_path).read_text()
     assert "loses 0 of 1," in text  # the picture
-    assert "loses 0 of 2 cases" in text  # the tables
+    assert "in 0 of 2 cases" in text  # the tables
     assert "The run under the default heap is drawn." in text
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lfcc_kernels.bench import ranks
 from lfcc_kernels.bench.cases.base import rows
+from lfcc_kernels.bench.machine import Cpu
 
 SIZE, ROWS, TEMPERATURE = 2, 6, 0.2
-make_rows = partial(rows, (ROWS, 10), True, torch.float64)
+make_rows = partial(rows, Cpu(), (ROWS, 10), True, torch.float64)
 
 
 def only_with_one_rank(student: Tensor, teacher: Tensor) -> Tensor:
@@ -33,19 +34,19 @@ def die_with_one_rank(student: Tensor, teacher: Tensor) -> Tensor:
 
 def call(world: ranks.World) -> list[Path]:
     """The processes of the other ranks after one call."""
-    world.candidate(partial(ranks.ours, temperature=TEMPERATURE))(*make_rows())
+    world.candidate(partial(ranks.lfcc, temperature=TEMPERATURE))(*make_rows())
     world.wait()
     return [Path(f"/proc/{child.pid}") for child in multiprocessing.active_children()]
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[ranks.World]:
-    world = ranks.World(SIZE, make_rows)
+    world = ranks.World(torch.device("cpu"), SIZE, make_rows)
     yield world
     world.close()
 
 
-@pytest.mark.parametrize("loss", [ranks.ours, ranks.eager, ranks.linear_cross_entropy])
+@pytest.mark.parametrize("loss", [ranks.lfcc, ranks.eager, ranks.linear_cross_entropy])
 def test_loss_and_gradient_are_those_of_one_process(world: ranks.World, loss: ranks.Loss) -> None:
     students, teachers = [], []
     for rank in range(SIZE):
@@ -85,7 +86,7 @@ def test_nothing_is_left_after_a_rank_has_ended(world: ranks.World) -> None:
     processes = call(world)
     assert torch.get_num_threads() == 1
     world.candidate(die_with_one_rank)(*make_rows())
-    with pytest.raises(RuntimeError, match="rank 1 of 2 has ended"):
+    with pytest.raises(RuntimeError, match="rank 1 of 2 ended"):
         world.wait()
     assert not any(path.exists() for path in processes)
     assert not dist.is_initialized()
@@ -93,7 +94,6 @@ def test_nothing_is_left_after_a_rank_has_ended(world: ranks.World) -> None:
 
 
 def test_ranks_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks.machine, "HERE", ranks.machine.Cuda())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(NotImplementedError, match="2 ranks need a GPU each, here are 1"):
-        ranks.World(2, make_rows).candidate(ranks.ours)(torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(NotImplementedError, match="2 ranks need one GPU each, found 1"):
+        ranks.World(torch.device("cuda"), 2, make_rows).candidate(ranks.lfcc)(torch.ones(2, 3), torch.ones(2, 3))

@@ -20,7 +20,12 @@ def test_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "no record"), ("[]", "no record"), ("{}", "no record"), ('{"schema": 2}', "schema 2; this version reads")],
+    [
+        ("{", "not a record"),
+        ("[]", "not a record"),
+        ("{}", "not a record"),
+        ('{"schema": 2}', "has schema 2, but this version reads"),
+    ],
 )
 def test_what_is_no_record(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "record.json"

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lfcc_kernels.bench import cases as suites
-from lfcc_kernels.bench import machine, record, runner
-from lfcc_kernels.bench.cases import Case, Converting, Step
-from lfcc_kernels.bench.harness import Contest
+from lfcc_kernels.bench import record, runner
+from lfcc_kernels.bench.cases import Case, Step, WithConversion
+from lfcc_kernels.bench.harness import Benchmark
+from lfcc_kernels.bench.machine import Cpu, Machine
 from lfcc_kernels.bench.record import BASELINE, NOT_REACHED, Request, Row
 
 REQUEST = Request(["lowpass"], "cpu", "tiny")
@@ -55,13 +56,13 @@ def case(label: str = "made-up", **fields) -> Case:
 
 @pytest.fixture(autouse=True)
 def three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.HERE, "rounds", lambda seconds: 3, raising=False)
+    monkeypatch.setattr(Machine, "rounds", lambda self, seconds: 3)
 
 
 def compete(made: Case) -> dict[str, Row]:
-    contest = Contest(made, REQUEST)
-    contest.play()
-    return {row.candidate: row for row in contest.rows(contest.peaks())}
+    benchmark = Benchmark(made, REQUEST, Cpu("tiny"))
+    benchmark.run()
+    return {row.candidate: row for row in benchmark.rows(benchmark.peak_memory())}
 
 
 def test_what_becomes_of_a_candidate() -> None:
@@ -88,9 +89,9 @@ def test_what_becomes_of_a_candidate() -> None:
 
 
 def test_floor_is_counted_at_the_ceilings_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.HERE, "copy_gbps", lambda: 2.0)
-    monkeypatch.setattr(machine.HERE, "gemm_gflops", lambda dtype: 4.0)
-    monkeypatch.setattr(machine.HERE, "seconds", lambda call, *_: (call(), 0.5)[1])
+    monkeypatch.setattr(Cpu, "copy_gbps", lambda self: 2.0)
+    monkeypatch.setattr(Cpu, "gemm_gflops", lambda self, dtype: 4.0)
+    monkeypatch.setattr(Cpu, "seconds", lambda self, call, *_: (call(), 0.5)[1])
     steps = (Step(bytes=int(1e8), flops=int(1e8)), Step(flops=int(4e8)))  # 0.05 s and 0.025 s; 0.1 s
     assert compete(case(steps=steps))["ours"].fraction_of_floor == pytest.approx((0.05 + 0.1) / 0.5)
 
@@ -103,7 +104,7 @@ def test_a_conversion_is_timed_by_itself() -> None:
         return 2 * x
 
     half = case(
-        candidates=case().candidates | {"raised": Converting(raised, lambda x: x.float(), "float32")},
+        candidates=case().candidates | {"raised": WithConversion(raised, lambda x: x.float(), "float32")},
         inputs=lambda: (torch.randn(SIDE, SIDE).bfloat16().requires_grad_(),),
         dtype=torch.bfloat16,
     )
@@ -124,7 +125,7 @@ def test_the_share_of_a_step_is_what_the_loss_adds(monkeypatch: pytest.MonkeyPat
         return call
 
     clock: list[float] = []
-    monkeypatch.setattr(machine.HERE, "seconds", lambda call, *_: (call(), clock[-1])[1])
+    monkeypatch.setattr(Cpu, "seconds", lambda self, call, *_: (call(), clock[-1])[1])
     step = case(candidates={name: costing(name) for name in ("ours", "eager")}, baseline=costing("baseline"), steps=())
     rows = compete(step)
     assert rows["ours"].share_of_step == pytest.approx(1 / 4)
@@ -143,7 +144,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         return 2 * x
 
     made = [case("one"), case("two", candidates={"ours": interrupted, "eager": double}), case("three")]
-    monkeypatch.setitem(suites.SUITES, "lowpass", lambda tiny, dtype: made)
+    monkeypatch.setitem(suites.SUITES, "lowpass", lambda machine, dtype: made)
     path = tmp_path / "record.json"
     record.save(path, runner.start(REQUEST))
     return path
@@ -161,13 +162,13 @@ def test_an_interruption_keeps_what_there_is(begun: Path) -> None:
     assert runner.work(begun, time.time() + 60) == 130
     assert notes(begun) == {"one": ["", "", ""], "two": [NOT_REACHED], "three": [NOT_REACHED]}
     kept = [row for row in record.rows(record.load(begun)) if row.label == "one"]
-    record.save(begun, runner.again(record.load(begun)))
+    record.save(begun, runner.resume(record.load(begun)))
     assert runner.work(begun, time.time() + 60) == 0
     rows = record.rows(record.load(begun))
     assert [row for row in rows if row.label == "one"] == kept
     assert all(row.status == "ok" for row in rows) and len({row.label for row in rows}) == 3
     with pytest.raises(ValueError, match="complete"):
-        runner.again(record.load(begun))
+        runner.resume(record.load(begun))
 
 
 def test_a_limit_leaves_the_rest(begun: Path) -> None:
@@ -184,19 +185,19 @@ def test_a_case_that_ended_its_process_is_done_again_on_request_alone(begun: Pat
     record.save(begun, results)
     assert runner.work(begun, time.time() + 60) == 0
     assert notes(begun)["two"] == [runner.ENDED]
-    assert [row.note for row in record.rows(runner.again(results)) if row.label == "two"] == [NOT_REACHED]
+    assert [row.note for row in record.rows(runner.resume(results)) if row.label == "two"] == [NOT_REACHED]
 
 
 @pytest.mark.parametrize("key", ["device", "torch", "commit"])
 def test_a_record_goes_on_where_it_was_begun(begun: Path, key: str) -> None:
     results = record.load(begun)
-    results["runs"]["default"]["environment"] = machine.HERE.environment() | {key: "another"}
+    results["runs"]["default"]["environment"] = Cpu().environment() | {key: "another"}
     with pytest.raises(ValueError, match=f"begun with {key} another"):
-        runner.again(results)
+        runner.resume(results)
 
 
 def test_no_case_of_that_name(begun: Path) -> None:
-    with pytest.raises(ValueError, match="no case has fourth in its name"):
+    with pytest.raises(ValueError, match="no case of lowpass matches -k fourth"):
         runner.start(replace(REQUEST, words=["fourth"]))
 
 
@@ -216,10 +217,10 @@ def test_peak_memory_in_a_process_of_its_own() -> None:
     request = replace(REQUEST, suites=["info_nce", "lowpass"], size="full")
     matrix = 4 * 1024**2
     both = dict.fromkeys(("ours", "eager"))
-    peaks = machine.HERE.peak_memory(request, "info_nce-one-way-1024x512-float32-fwd+bwd", both)
+    peaks = Cpu().peak_memory(request, "info_nce-one-way-1024x512-float32-fwd+bwd", both)
     assert peaks["eager"] > 2 * matrix  # the products and their softmax
     assert 2 * peaks["ours"] < peaks["eager"]
-    not_scalar = machine.HERE.peak_memory(request, "lowpass-nchw-64x256x14x14-float32-fwd+bwd", {"ours": None})
+    not_scalar = Cpu().peak_memory(request, "lowpass-nchw-64x256x14x14-float32-fwd+bwd", {"ours": None})
     assert not_scalar.keys() == {"ours"}
 
 
@@ -236,7 +237,7 @@ def test_the_command(tmp_path: Path) -> None:
     rows = record.rows(record.load(tmp_path / "record.json"))
     assert {row.suite for row in rows} == {"overhead", "lowpass"} and all(row.ours or row.backend == "" for row in rows)
     assert all(row.status == "ok" for row in rows if row.ours)
-    assert (tmp_path / "record.csv").exists() and "Losing cases, worst first" in (tmp_path / "record.md").read_text()
+    assert (tmp_path / "record.csv").exists() and "Slower than the fastest peer" in (tmp_path / "record.md").read_text()
     again = bench("--resume", "record.json", cwd=tmp_path)
     assert again.returncode == 1 and "complete" in again.stderr
 
@@ -244,13 +245,13 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["lowpas"], "no suite lowpas; there are overhead, lowpass"),
+        (["lowpas"], "unknown suite lowpas; choose from overhead, lowpass"),
         (["--backend", "cuDNN"], "'cuDNN' is not available"),
-        (["-k", "nothing"], "no case has nothing in its name"),
+        (["-k", "nothing"], "matches -k nothing"),
         (["--resume"], "no unfinished record"),
-        (["--resume", "notes.json"], "notes.json is no record"),
-        (["--resume", "notes.json", "--dtype", "bfloat16"], "leave out all but --minutes"),
-        (["--compare", "notes.json", "notes.json"], "notes.json is no record"),
+        (["--resume", "notes.json"], "notes.json is not a record"),
+        (["--resume", "notes.json", "--dtype", "bfloat16"], "only --minutes may be given"),
+        (["--compare", "notes.json", "notes.json"], "notes.json is not a record"),
     ],
 )
 def test_a_mistake_ends_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -262,4 +263,4 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path, arguments: list[str], said: 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tmp_path: Path) -> None:
-    assert "sees no NVIDIA GPU" in bench("--device", "cuda", cwd=tmp_path).stderr
+    assert "needs an NVIDIA GPU, but torch" in bench("--device", "cuda", cwd=tmp_path).stderr

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfcc_kernels.bench import goals, machine
-from lfcc_kernels.bench.cases import Case, lfcc, ofa, scaling, step
+from lfcc_kernels.bench import ofa, targets
+from lfcc_kernels.bench.cases import Case, lfcc, scaling, step
+from lfcc_kernels.bench.machine import Cpu, Cuda, Machine
 
 SUITES = {"lfcc": lfcc.cases, "scaling": scaling.cases, "step": step.cases}
 CIFAR_100 = {
@@ -30,7 +31,7 @@ NARROW = {
 
 
 def tiny(suite: str) -> list[Case]:
-    return list({case.name: case for case in SUITES[suite](True, None)}.values())
+    return list({case.name: case for case in SUITES[suite](Cpu("tiny"), None)}.values())
 
 
 def named(case: Case) -> str:
@@ -64,25 +65,24 @@ def test_stages_are_those_of_timm(name: str) -> None:
     with torch.device("meta"), torch.no_grad():
         extractor = create_extractor(timm.create_model(model.timm, **NARROW.get(name, {})).eval(), taps)
         _, expected = extractor(torch.zeros(2, 3, 224, 224))
-    maps = lfcc._maps(model, model.features(2, False, torch.float32))
+    maps = lfcc.as_maps(model, lfcc.stage_features(Cpu(), model, 2, False, torch.float32))
     assert [x.shape for x in maps] == [x.shape for x in expected]
     assert [x.stride()[1:] for x in maps] == [x.stride()[1:] for x in expected]
     assert {tap.prefix_tokens for tap in extractor.taps} == {model.prefix_tokens}
 
 
-@pytest.mark.parametrize("device", [machine.Cpu, machine.Cuda])
+@pytest.mark.parametrize("device", [Cpu, Cuda])
 @pytest.mark.parametrize("suite", SUITES)
-def test_lists_need_no_device(suite: str, device: type[machine.Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_need_no_device(suite: str, device: type[Machine]) -> None:
     """Names are unique, tiny cases stand where those of full size do, and a dtype asked for is that of all."""
-    monkeypatch.setattr(machine, "HERE", device())
     make = SUITES[suite]
-    full = make(False, None)
+    full, tiny = (make(device(size), None) for size in ("full", "tiny"))
     assert len({case.name for case in full}) == len(full)
-    assert [(c.label, c.mode, c.axis, c.x) for c in make(True, None)] == [(c.label, c.mode, c.axis, c.x) for c in full]
-    assert {case.dtype for case in make(False, torch.float16)} == {torch.float16}
+    assert [(c.label, c.mode, c.axis, c.x) for c in tiny] == [(c.label, c.mode, c.axis, c.x) for c in full]
+    assert {case.dtype for case in make(device(), torch.float16)} == {torch.float16}
 
 
-def test_goals_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = set()
 
     class Asked(dict):
@@ -90,12 +90,12 @@ def test_goals_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.add(key[0])
             raise LookupError
 
-    for goal in goals.GOALS:
+    for target in targets.TARGETS:
         with pytest.raises(LookupError):
-            goal.measure(Asked())
+            targets.METRICS[target.metric].measure(Asked(), target.cases, target.peer)
     asked = {case for case in asked if case.split("-")[0] in SUITES}
     assert asked
-    listed = {case.name for make in SUITES.values() for case in make(False, None)}
+    listed = {case.name for make in SUITES.values() for case in make(Cpu(), None)}
     assert asked <= listed
 
 

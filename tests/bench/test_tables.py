@@ -5,7 +5,7 @@ from rows import results, row
 
 from lfcc_kernels.bench import tables
 from lfcc_kernels.bench.record import BASELINE, Row
-from lfcc_kernels.bench.standing import standings
+from lfcc_kernels.bench.tables import rankings
 
 WON, LOST, LOST_MORE = (f"lowpass-nchw-2x8x{side}x{side}-float32-fwd" for side in (4, 8, 16))
 LFCC = "lfcc-average-128x4x3-float32-fwd+bwd"
@@ -26,46 +26,49 @@ def test_losing_cases_come_first_with_margin_and_fastest_peer():
         "lowpass nchw 2x8x16x16 float32 fwd",
         "lowpass nchw 2x8x8x8 float32 fwd",
     ]
-    assert [line["over fastest peer"] for line in losing] == ["0.499x eager, 1 ms", "0.75x compiled eager, 1.5 ms"]
-    assert [line["over fastest peer"] for line in others] == ["2.5x compiled eager, 2.5 ms"]
+    assert [line["speedup over fastest peer"] for line in losing] == [
+        "0.499x eager, 1 ms",
+        "0.75x compiled eager, 1.5 ms",
+    ]
+    assert [line["speedup over fastest peer"] for line in others] == ["2.5x compiled eager, 2.5 ms"]
     text = tables.markdown(made)
-    assert "Ours loses 2 of 3 cases" in text
+    assert "slower than the fastest peer in 2 of 3 cases" in text
     assert text.index("Abacus 9000") < text.index("2x8x16x16") < text.index("2x8x8x8") < text.index("2x8x4x4")
 
 
 def test_a_narrow_loss_does_not_read_as_a_draw():
     losing, _ = tables.times(results(*contest(LOST, ours=1, eager=0.99999)))
-    assert losing[0]["over fastest peer"].startswith("0.999x")
+    assert losing[0]["speedup over fastest peer"].startswith("0.999x")
 
 
 def test_a_step_without_the_loss_is_no_peer():
     made = [*contest(LFCC, ours=3, eager=4), row(LFCC, BASELINE, median_ms=2, peak_memory_bytes=0)]
-    (found,) = standings(made)
+    (found,) = rankings(made)
     assert (found.fastest.candidate, [peer.candidate for peer in found.peers]) == ("eager", ["eager"])
 
 
 def test_ours_by_another_backend_is_no_peer():
     made = [*contest(WON, ours=1, eager=3), row(WON, "ours, eager", median_ms=0.5)]
-    (found,) = standings(made)
-    assert (found.fastest.candidate, found.margin, found.others[0].candidate) == ("eager", 3, "ours, eager")
+    (found,) = rankings(made)
+    assert (found.fastest.candidate, found.speedup, found.others[0].candidate) == ("eager", 3, "ours, eager")
     _, (line,) = tables.times(results(*made))
     assert line["by backend, ms"] == "cpu 1, eager 0.5"
 
 
 def test_a_case_needs_ours_and_a_peer_to_have_a_margin():
     made = [row(WON, "ours"), row(LOST, "eager"), row(LOST_MORE, "ours"), row(LOST_MORE, "eager", status="failed")]
-    assert standings(made) == []
-    assert "Ours loses 0 of 0 cases" in tables.markdown(results(*made))
+    assert rankings(made) == []
+    assert "in 0 of 0 cases" in tables.markdown(results(*made))
 
 
 def test_conversion_of_the_fastest_peer_is_beside_its_time():
     converting = {"conversion": "bfloat16", "conversion_ms": 4.0}
     made = [*contest(WON, ours=1, eager=3), row(WON, "memeff", median_ms=2, **converting)]
     _, (line,) = tables.times(results(*made))
-    assert line["over fastest peer"] == "2x memeff, 2 ms"
-    assert line["its conversion"] == "bfloat16, 4 ms"
+    assert line["speedup over fastest peer"] == "2x memeff, 2 ms"
+    assert line["conversion for that peer"] == "bfloat16, 4 ms"
     slow = [*contest(WON, ours=1, eager=3), row(WON, "memeff", median_ms=5, **converting)]
-    assert "its conversion" not in tables.times(results(*slow))[1][0]
+    assert "conversion for that peer" not in tables.times(results(*slow))[1][0]
 
 
 def test_floor_error_and_share_of_the_step():
@@ -77,17 +80,17 @@ def test_floor_error_and_share_of_the_step():
     ]
     losing, (whole, pooling) = tables.times(results(*made))
     assert losing == []
-    assert (pooling["of floor"], pooling["error, ours / eager"]) == ("40%, 4 GB/s", "2e-07 / 3e-06*")
-    assert pooling["share of step, ours / eager"] == ""
-    assert (whole["of floor"], whole["share of step, ours / eager"]) == ("10%, 1 TFLOP/s", "3.1% / 20.0%")
+    assert (pooling["fraction of floor"], pooling["error, lfcc / eager"]) == ("40%, 4 GB/s", "2e-07 / 3e-06*")
+    assert pooling["share of step, lfcc / eager"] == ""
+    assert (whole["fraction of floor"], whole["share of step, lfcc / eager"]) == ("10%, 1 TFLOP/s", "3.1% / 20.0%")
 
 
 @pytest.mark.parametrize(("eager", "measured", "reached"), [(10, "10 x", "yes"), (4, "4 x", "no")])
 def test_verdict_on_a_goal(eager, measured, reached):
-    made = tables.goals(results(*contest(LFCC, ours=1, eager=eager)))
-    line = next(line for line in made if line["what"] == "whole loss, B = 128, fwd+bwd, over eager")
-    assert (line["run"], line["must reach"], line["measured"]) == ("default", ">= 5 x", measured)
-    assert line["reached"] == reached
+    made = tables.targets(results(*contest(LFCC, ours=1, eager=eager)))
+    line = next(line for line in made if line["what"] == "LFCC loss, B = 128, fwd+bwd: speedup over eager")
+    assert (line["run"], line["target"], line["measured"]) == ("default", ">= 5 x", measured)
+    assert line["met"] == reached
     assert line is made[0]  # what was not measured comes after it
     assert {other["measured"] for other in made[1:]} == {"not measured"}
 
@@ -100,7 +103,7 @@ def test_each_run_has_its_own_goals_and_lines():
     ]
     made = results(*heaps)
     assert [line["run"] for line in tables.times(made)[1]] == ["kept", "default"]
-    verdicts = [(line["run"], line["reached"]) for line in tables.goals(made) if line["reached"]]
+    verdicts = [(line["run"], line["met"]) for line in tables.targets(made) if line["met"]]
     assert verdicts == [("kept", "no"), ("default", "yes")]
 
 
@@ -114,7 +117,7 @@ def test_what_is_left_out_has_its_reason_and_error():
         row(WON, "open_clip", status="failed", note="RuntimeError: no", error=None),
         row(WON, "kornia", status="wrong", note="deviates", error=0.02),
     )
-    assert [tuple(line.values()) for line in tables.left_out(made)] == [
+    assert [tuple(line.values()) for line in tables.not_timed(made)] == [
         ("kornia", "default", "wrong", "deviates", "lowpass nchw 2x8x4x4 float32 fwd (error 2.0e-02)"),
         ("open_clip", "default", "failed", "RuntimeError: no", "lowpass nchw 2x8x4x4 float32 fwd"),
         ("memeff", "default", "skipped", "no module | memeff", "4 cases"),
@@ -130,7 +133,7 @@ def test_memory_is_in_mebibytes():
         row(LOST, "ours"),
     )
     assert tables.memory(made) == [
-        {"case": "lowpass nchw 2x8x4x4 float32 fwd", "ours": "1.0; eager 3.0", "peers": "eager 0.5"}
+        {"case": "lowpass nchw 2x8x4x4 float32 fwd", "lfcc": "1.0; eager 3.0", "peers": "eager 0.5"}
     ]
 
 
@@ -147,7 +150,7 @@ def test_facts_name_the_load_and_a_smoke_test():
     assert "load average 0.5 to 1.5" in fact
     assert "clock 2000 to 2000 MHz" in fact
     assert "copy 10 to 10 GB/s" in fact
-    assert "the times mean nothing" in fact
+    assert "the times are meaningless" in fact
 
 
 def test_facts_of_a_gpu():
@@ -164,4 +167,4 @@ def test_facts_of_a_gpu():
     assert "132 multiprocessors, L2 50 MiB" in fact
     assert "700000 to 700000 GFLOP/s in float32" in fact
     assert "CUDA 13.0, triton 3.5" in fact
-    assert "Time is that of the device" in tables.markdown(made)
+    assert "GPU times are device times" in tables.markdown(made)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lfcc_kernels.bench.cases.ofa import MODELS
+from lfcc_kernels.bench.ofa import MODELS
 from lfcc_kernels.distill import Distiller, build, command, config, loop, models
 from lfcc_kernels.distill.data import ImageArrays
 

@@ -1,4 +1,4 @@
-"""Every case, in one place: its inputs, its candidates, the least it must cost, and how that is counted."""
+"""All cases of the benchmark: inputs, candidates, the least work of each and the formula that counts it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import machine
 from lfcc_kernels.bench.cases import info_nce, lfcc, lowpass, overhead, scaling, step
-from lfcc_kernels.bench.cases.base import Candidate, Case, Converting, Step
+from lfcc_kernels.bench.cases.base import Candidate, Case, Step, WithConversion
+from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.record import Request
 from lfcc_kernels.ops.dispatch import select
 
-__all__ = ["SUITES", "Candidate", "Case", "Converting", "Step", "choose", "serving", "variants"]
+__all__ = ["SUITES", "Candidate", "Case", "Step", "WithConversion", "choose", "served_by", "variants"]
 
-# In the order in which they are measured: the longest come last, for a run whose time is limited. A suite is made
-# by whether shapes are to be tiny and by a dtype that all cases shall have instead of their own.
-SUITES: dict[str, Callable[[bool, torch.dtype | None], list[Case]]] = {
+# In the order of measurement: the longest suites come last, for runs with a time limit. A suite is a function of the
+# machine, whose size selects full or tiny shapes, and of a dtype that replaces the one of each case.
+SUITES: dict[str, Callable[[Machine, torch.dtype | None], list[Case]]] = {
     "overhead": overhead.cases,
     "lowpass": lowpass.cases,
     "info_nce": info_nce.cases,
@@ -28,48 +28,47 @@ SUITES: dict[str, Callable[[bool, torch.dtype | None], list[Case]]] = {
 }
 
 
-def variants(request: Request) -> list[Case]:
-    """All cases of the suites asked for, with the candidates asked for, for the machine that is measured. Those of
-    size "tiny" stand where those of full size do."""
+def variants(request: Request, machine: Machine) -> list[Case]:
+    """All cases of the requested suites, with the requested candidates. Tiny and full cases have the same order."""
     dtype = getattr(torch, request.dtype) if request.dtype else None
-    suites = (make(request.size == "tiny", dtype) for suite, make in SUITES.items() if suite in request.suites)
-    return [replace(case, candidates=_candidates(case, request)) for suite in suites for case in suite]
+    suites = (make(machine, dtype) for suite, make in SUITES.items() if suite in request.suites)
+    return [replace(case, candidates=_candidates(case, request, machine)) for suite in suites for case in suite]
 
 
-def choose(request: Request) -> list[Case]:
-    """The cases of a request, each name once."""
-    named = {case.name: case for case in variants(request)}
+def choose(request: Request, machine: Machine) -> list[Case]:
+    """The cases of a request, without duplicate names."""
+    named = {case.name: case for case in variants(request, machine)}
     return [
         case
         for name, case in named.items()
-        if (case.quick or request.size != "quick")
+        if (case.quick or machine.size != "quick")
         and (not request.words or any(word in name for word in request.words))
     ]
 
 
-def serving(case: Case, request: Request) -> str:
-    """The backend behind a case's "ours"; "auto" where it may be several."""
+def served_by(case: Case, request: Request, machine: Machine) -> str:
+    """The backend of a case's "ours"; "auto" if there may be several."""
     if request.backend or not case.op:
         return request.backend or "auto"
-    return select(case.op, machine.HERE.device, case.dtype, case.size)
+    return select(case.op, machine.device, case.dtype, case.size)
 
 
-def _candidates(case: Case, request: Request) -> dict[str, Candidate]:
-    """Ours, by every other backend too where none was named, and the peers asked for."""
-    ours = case.candidates["ours"]
+def _candidates(case: Case, request: Request, machine: Machine) -> dict[str, Candidate]:
+    """lfcc, also on every other backend if the request names none, and the requested peers."""
+    lfcc = case.candidates["ours"]
     candidates = {
         name: call
         for name, call in case.candidates.items()
         if name in ("ours", "eager") or not request.peers or any(peer in name for peer in request.peers)
     }
     if request.backend:
-        return candidates | {"ours": partial(_by, request.backend, ours)}
-    kernels = ("triton", "cuda") if machine.HERE.device.type == "cuda" else ("cpu",)
+        return candidates | {"ours": partial(_on_backend, request.backend, lfcc)}
+    kernels = ("triton", "cuda") if machine.gpu else ("cpu",)
     backends = [name for name in (*kernels, "eager") if name in lk.available_backends()]
-    backends.remove(serving(case, request) if case.op else backends[0])  # what "ours" has been timed by already
-    return candidates | {f"ours, {name}": partial(_by, name, ours) for name in backends}
+    backends.remove(served_by(case, request, machine) if case.op else backends[0])  # the one that serves "ours"
+    return candidates | {f"ours, {name}": partial(_on_backend, name, lfcc) for name in backends}
 
 
-def _by(backend: str, call: Candidate, *inputs: Tensor) -> Tensor:
+def _on_backend(backend: str, call: Candidate, *inputs: Tensor) -> Tensor:
     with lk.use_backend(backend):
         return call(*inputs)

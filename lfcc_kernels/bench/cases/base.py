@@ -1,18 +1,20 @@
-"""What a case is, and what the suites share. Each suite lists its cases for a CPU and for a GPU.
+"""The `Case` dataclass and what the suites share. Each suite lists its cases for a CPU and for a GPU.
 
-A candidate is a function of the case's inputs. "ours" and "eager" are always among them, and "eager" in float64 is
-the reference; "ours, NAME" is ours by another backend than the one that `auto` takes. The floor of a case is the sum
-over its steps of max(bytes / copy bandwidth, FLOPs / GEMM rate), with the least a step can do: every input and result
-moved once, and every product done once that is needed without a B x B matrix.
+A candidate is a function of the case's inputs. Every case has "ours", which is lfcc, and "eager", which in float64 is
+the reference; "ours, NAME" is lfcc on another backend than the one that `auto` selects. The floor of a case is the sum
+over its steps of max(bytes / copy bandwidth, FLOPs / GEMM rate) for the least work of each step: every input and result
+moved once, and every product computed once that an algorithm without a B x B matrix needs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench import machine
+from lfcc_kernels.bench import peers
+from lfcc_kernels.bench.machine import Machine
 
 Candidate = Callable[..., Tensor]
 
@@ -23,15 +25,15 @@ TEMPERATURE = 0.1
 
 
 @dataclass(frozen=True)
-class Converting:
-    """A candidate that asks for another dtype or layout than the case's inputs have.
+class WithConversion:
+    """A candidate that needs another dtype or layout than the case's inputs.
 
-    The harness times `call` on inputs that were converted before, and the conversion by itself.
+    The harness times `call` on converted inputs, and the conversion separately.
     """
 
     call: Candidate
     convert: Callable[[Tensor], Tensor]  # of each input
-    conversion: str  # to what, in words
+    conversion: str  # the target, in words
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.call(*map(self.convert, inputs))
@@ -39,7 +41,7 @@ class Converting:
 
 @dataclass(frozen=True)
 class Step:
-    """The least bytes moved and FLOPs done by one part of a case."""
+    """The least bytes moved and FLOPs computed by one part of a case."""
 
     bytes: int = 0
     flops: int = 0
@@ -49,13 +51,13 @@ class Step:
 class Case:
     """One measurement.
 
-    `inputs` makes a fresh random set. In mode "fwd+bwd" all that requires a gradient in it, and `parameters`,
-    is differentiated; in mode "fwd" nothing is. More than one call a timing is for what a call costs its caller:
-    the inputs stay in cache, and the clock is the caller's on any device.
+    `inputs` returns a new random set. In mode "fwd+bwd" the gradients of all inputs and `parameters` that require one
+    are computed; in mode "fwd" none are. `calls` > 1 measures call overhead: a timing repeats the call on inputs that
+    stay in cache, and uses the host's clock on any device.
     """
 
     suite: str
-    label: str  # what sets the case apart beside shape, dtype and mode
+    label: str  # distinguishes cases of the same shape, dtype and mode
     shape: tuple[int, ...]
     mode: str
     inputs: Callable[[], tuple[Tensor, ...]]
@@ -65,16 +67,16 @@ class Case:
     dtype: torch.dtype = torch.float32
     parameters: Callable[[], Sequence[Tensor]] = tuple
     calls: int = 1
-    memory: bool = False  # whether the peak memory is measured
-    quick: bool = False  # whether `lfcc bench --quick` has it
-    heaps: bool = True  # whether it is measured on a CPU with a kept heap too
-    axis: str = ""  # what grows along the series it belongs to, as "B"
-    x: int | None = None  # its value in this case
-    op: str = ""  # the op that is measured alone, "lowpass" or "info_nce"
-    size: int = 0  # of that op's call, as `auto` goes by: elements of the map, or pairs of rows
-    baseline: Candidate | None = None  # a training step with the loss left out
-    tolerance: float | None = None  # deviation from the reference that is rounding; else the machine's for the dtype
-    close: Callable[[], None] = lambda: None  # called after the case: ends processes, lets go of models
+    memory: bool = False  # whether to measure peak memory
+    quick: bool = False  # whether `lfcc bench --quick` includes it
+    heaps: bool = True  # whether a CPU measures it with a kept heap too
+    axis: str = ""  # the size that varies along its series, such as "B"
+    x: int | None = None  # the value of that size
+    op: str = ""  # "lowpass" or "info_nce" if it measures that op alone
+    size: int = 0  # of that op's call, as `auto` looks it up: elements of the map, or pairs of rows
+    baseline: Candidate | None = None  # a training step without the loss
+    tolerance: float | None = None  # allowed deviation from the reference; by default the machine's for the dtype
+    close: Callable[[], None] = lambda: None  # called after the case: ends processes, frees models
 
     @property
     def name(self) -> str:
@@ -82,7 +84,7 @@ class Case:
         return f"{self.suite}-{self.label}-{shape}-{dtype}-{self.mode}"
 
     def run(self, call: Candidate, inputs: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, ...]:
-        """One call in the case's mode: the result, and with "fwd+bwd" the gradients of all that wants one."""
+        """One call in the case's mode: the result and, with "fwd+bwd", the gradients."""
         if self.mode == "fwd":
             with torch.no_grad():
                 return (call(*inputs),)
@@ -91,24 +93,48 @@ class Case:
         return result.detach(), *torch.autograd.grad(result, learn, upstream)
 
 
-def compiled(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
-    """The candidates through torch.compile; none but in a full benchmark, since that takes seconds each."""
-    return {f"compiled {name}": torch.compile(call) for name, call in candidates.items() if machine.SIZE == "full"}
+def compiled(machine: Machine, candidates: dict[str, Candidate]) -> dict[str, Candidate]:
+    """The candidates under torch.compile; empty unless the benchmark is full, because compiling takes seconds each."""
+    return {f"compiled {name}": torch.compile(call) for name, call in candidates.items() if machine.size == "full"}
+
+
+def upcast_on_cpu(machine: Machine, candidates: dict[str, Candidate], dtype: torch.dtype) -> dict[str, Candidate]:
+    """The candidates, which compute products; a CPU converts 16-bit inputs to float32 for them."""
+    if machine.gpu or dtype.itemsize != 2:
+        return candidates
+    return {name: WithConversion(call, peers.upcast, "float32") for name, call in candidates.items()}
+
+
+def native_bfloat16(machine: Machine, candidates: dict[str, Candidate], dtype: torch.dtype) -> dict[str, Candidate]:
+    """The candidates in bfloat16 on a CPU with instructions for it; without them they are a hundred times slower."""
+    if machine.gpu or dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():
+        return {}
+    return {f"{name} in bfloat16": call for name, call in candidates.items()}
+
+
+def bfloat16_on_gpu(machine: Machine, call: Candidate, dtype: torch.dtype) -> Candidate:
+    """A candidate that supports only 16-bit inputs on a GPU."""
+    if not machine.gpu or dtype.itemsize == 2:
+        return call
+    return WithConversion(call, partial(Tensor.to, dtype=torch.bfloat16), "bfloat16")
 
 
 def features(
+    machine: Machine,
     shape: tuple[int, ...],
     learn: bool,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """A random feature map or tokens."""
-    values = torch.randn(shape, device=machine.HERE.device)
+    """A random feature map, or tokens."""
+    values = torch.randn(shape, device=machine.device)
     return values.to(dtype=dtype, memory_format=memory_format).requires_grad_(learn)
 
 
-def rows(shape: tuple[int, int], learn: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Rows of a student and of a frozen teacher, alike enough that the softmax is not flat."""
-    teacher = torch.randn(shape, device=machine.HERE.device)
-    student = teacher + 2 * torch.randn(shape, device=machine.HERE.device)
+def rows(
+    machine: Machine, shape: tuple[int, int], learn: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Rows of a student and of a frozen teacher, similar enough that the softmax is not flat."""
+    teacher = torch.randn(shape, device=machine.device)
+    student = teacher + 2 * torch.randn(shape, device=machine.device)
     return student.to(dtype).requires_grad_(learn), teacher.to(dtype)

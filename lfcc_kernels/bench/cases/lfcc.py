@@ -1,11 +1,11 @@
-"""The whole loss: a ResNet-18 under a Swin-T, every pair of OFA-KD, and memory against the batch on small maps.
+"""Suite `lfcc`: the whole loss for a ResNet-18 student of a Swin-T, for every pair of OFA-KD, and on small maps.
 
-With average filters "eager" aligns the student's map with a 1 x 1 convolution and then pools, as distillation code is
-mostly written; "eager, pooled first" has our order, which gives the same loss for a fraction of the products. With
-filters that learn, "eager" has our order.
+With average filters "eager" aligns the student's map with a 1 x 1 convolution and then pools, as most distillation code
+does; "eager, pooled first" pools and then projects, as `LFCCLoss` does, which gives the same loss for a fraction of the
+products. With learnable filters "eager" pools first.
 
-Counted in two steps, pooling in bytes (S and T of student and teacher features, Y of the pyramids) and then
-projection and contrast in FLOPs, both in the dtype of the features.
+Counted in two steps: pooling in bytes (S and T of student and teacher features, Y of the pyramids), then projection and
+contrast in FLOPs, both in the dtype of the features.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,66 +16,62 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import machine, peers
-from lfcc_kernels.bench.cases.base import CELLS, SCALES, TEMPERATURE, Case, Step, compiled
-from lfcc_kernels.bench.cases.ofa import MODELS, PAIRS, Model
+from lfcc_kernels.bench import peers
+from lfcc_kernels.bench.cases.base import CELLS, SCALES, TEMPERATURE, Case, Step, compiled, features
+from lfcc_kernels.bench.machine import Machine
+from lfcc_kernels.bench.ofa import MODELS, PAIRS, Model
 
 QUICK = ("deit_t", "convnext_t")
 
 
-def cases(tiny: bool, dtype: torch.dtype | None) -> list[Case]:
-    one, two = dtype or torch.float32, dtype or torch.bfloat16
-    if machine.HERE.device.type == "cuda":
-        batch, own = 256, two
-        under_swin = [
-            _resnet_under_swin("average", "fwd+bwd", tiny, 256, two, compile=True),
-            _resnet_under_swin("average", "fwd", tiny, 256, two),
-            _resnet_under_swin("learnable", "fwd+bwd", tiny, 256, two),
-            *(_resnet_under_swin("average", "fwd+bwd", tiny, 128, dtype) for dtype in (two, one)),
-            _resnet_under_swin("average", "fwd+bwd", tiny, 256, one),
+def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
+    float32, bfloat16 = dtype or torch.float32, dtype or torch.bfloat16
+    swin = partial(_resnet_from_swin, machine)
+    if machine.gpu:
+        batch, pair_dtype = 256, bfloat16
+        from_swin = [
+            swin("average", "fwd+bwd", 256, bfloat16, compile=True),
+            swin("average", "fwd", 256, bfloat16),
+            swin("learnable", "fwd+bwd", 256, bfloat16),
+            *(swin("average", "fwd+bwd", 128, dtype) for dtype in (bfloat16, float32)),
+            swin("average", "fwd+bwd", 256, float32),
         ]
     else:
-        batch, own = 64, one
-        under_swin = [
-            _resnet_under_swin("average", "fwd", tiny, 128, one),
-            _resnet_under_swin("average", "fwd+bwd", tiny, 128, one, compile=True, memory=True),
-            _resnet_under_swin("learnable", "fwd+bwd", tiny, 128, one),
+        batch, pair_dtype = 64, float32
+        from_swin = [
+            swin("average", "fwd", 128, float32),
+            swin("average", "fwd+bwd", 128, float32, compile=True, memory=True),
+            swin("learnable", "fwd+bwd", 128, float32),
         ]
     return [
-        *under_swin,
-        *(_pair(*pair, tiny, batch, own) for pair in PAIRS),
-        *(small_maps(batch, tiny, one) for batch in (1024, 2048)),
+        *from_swin,
+        *(_pair(machine, *pair, batch, pair_dtype) for pair in PAIRS),
+        *(small_maps(machine, batch, float32) for batch in (1024, 2048)),
     ]
 
 
-def small_maps(batch: int, tiny: bool, dtype: torch.dtype) -> Case:
-    """Maps so small that a B x B matrix would show in the memory."""
+def small_maps(machine: Machine, batch: int, dtype: torch.dtype) -> Case:
+    """Maps so small that a B x B matrix would dominate the memory."""
     model = Model("", (32,), (4,))
-    return _case("small-maps", batch // 32 if tiny else batch, "fwd+bwd", model, model, dtype, memory=True, heaps=False)
+    return _case(machine, "small-maps", batch, "fwd+bwd", model, model, dtype, memory=True, heaps=False)
 
 
-def _resnet_under_swin(
-    student_filter: str,
-    mode: str,
-    tiny: bool,
-    batch: int,
-    dtype: torch.dtype,
-    **options,
+def _resnet_from_swin(
+    machine: Machine, student_filter: str, mode: str, batch: int, dtype: torch.dtype, **options
 ) -> Case:
-    student, teacher = MODELS["resnet18"], replace(MODELS["swin_t"], layout="nchw")
-    if tiny:
-        batch, student, teacher = batch // 32, student.narrow(16), teacher.narrow(16)
-    return _case(student_filter, batch, mode, student, teacher, dtype, student_filter, **options)
+    models = MODELS["resnet18"], replace(MODELS["swin_t"], layout="nchw")
+    student, teacher = (model.narrow(16) if machine.tiny else model for model in models)
+    return _case(machine, student_filter, batch, mode, student, teacher, dtype, student_filter, **options)
 
 
-def _pair(student: str, teacher: str, tiny: bool, batch: int, dtype: torch.dtype) -> Case:
-    models = [MODELS[name].narrow(8) if tiny else MODELS[name] for name in (student, teacher)]
+def _pair(machine: Machine, student: str, teacher: str, batch: int, dtype: torch.dtype) -> Case:
+    models = [MODELS[name].narrow(8) if machine.tiny else MODELS[name] for name in (student, teacher)]
     label, quick = f"{student}-from-{teacher}", (student, teacher) == QUICK
-    batch = batch // 32 if tiny else batch
-    return _case(label, batch, "fwd+bwd", *models, dtype, "learnable", quick=quick, heaps=False)
+    return _case(machine, label, batch, "fwd+bwd", *models, dtype, "learnable", quick=quick, heaps=False)
 
 
 def _case(
+    machine: Machine,
     label: str,
     batch: int,
     mode: str,
@@ -86,6 +82,7 @@ def _case(
     compile: bool = False,
     **options,
 ) -> Case:
+    batch = batch // 32 if machine.tiny else batch
     stages, learnable = len(student.channels), student_filter == "learnable"
 
     @cache
@@ -98,26 +95,27 @@ def _case(
             student_filter=student_filter,
             student_prefix_tokens=student.prefix_tokens,
             teacher_prefix_tokens=teacher.prefix_tokens,
-        ).to(machine.HERE.device)
+        ).to(machine.device)
 
-    def ours(*features: Tensor) -> Tensor:
+    def lfcc(*features: Tensor) -> Tensor:
         return module()(features[:stages], features[stages:])
 
-    def written(loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
+    def eager(loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
         weights = [projection.weight for projection in module().student_projections]
         pyramids = zip(module().student_filters, student.grids, strict=True)
         filters = [[pyramid.bank(grid, grid) for pyramid, grid in pyramids]] if learnable else []
-        maps = _maps(student, features[:stages]), _maps(teacher, features[stages:])
+        maps = as_maps(student, features[:stages]), as_maps(teacher, features[stages:])
         return loss(*maps, weights, *filters, SCALES, TEMPERATURE)
 
     def inputs() -> tuple[Tensor, ...]:
-        return *student.features(batch, mode != "fwd", dtype), *teacher.features(batch, False, dtype)
+        students = stage_features(machine, student, batch, mode != "fwd", dtype)
+        return *students, *stage_features(machine, teacher, batch, False, dtype)
 
-    if not learnable:
-        eager = {"eager": peers.lfcc_project_maps, "eager, pooled first": peers.lfcc_pool_each_scale}
+    if learnable:
+        losses = {"eager": peers.lfcc_filter_each_scale}
     else:
-        eager = {"eager": peers.lfcc_filter_each_scale}
-    eager |= compiled(eager) if compile else {}
+        losses = {"eager": peers.lfcc_project_maps, "eager, pooled first": peers.lfcc_pool_each_scale}
+    losses |= compiled(machine, losses) if compile else {}
     steps, formula = _cost(batch, mode, student, teacher, learnable, dtype.itemsize)
     return Case(
         "lfcc",
@@ -125,7 +123,7 @@ def _case(
         (batch, stages, len(SCALES)),
         mode,
         inputs,
-        {"ours": ours} | {name: partial(written, loss) for name, loss in eager.items()},
+        {"ours": lfcc} | {name: partial(eager, loss) for name, loss in losses.items()},
         steps,
         formula,
         dtype=dtype,
@@ -134,8 +132,25 @@ def _case(
     )
 
 
-def _maps(model: Model, features: Sequence[Tensor]) -> list[Tensor]:
-    """All as maps, tokens seen as such."""
+def stage_features(machine: Machine, model: Model, batch: int, learn: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Random features of all stages, in the model's layout."""
+
+    def stage(channels: int, grid: int) -> Tensor:
+        tokens = model.prefix_tokens + grid**2
+        match model.layout:
+            case "tokens":
+                return features(machine, (batch, tokens, channels), False, dtype)
+            case "channels_first_tokens":
+                return features(machine, (batch, channels, tokens), False, dtype).transpose(1, 2)
+        memory_format = torch.channels_last if model.layout == "channels_last" else torch.contiguous_format
+        return features(machine, (batch, channels, grid, grid), False, dtype, memory_format)
+
+    stages = zip(model.channels, model.grids, strict=True)
+    return tuple(stage(*channels_and_grid).requires_grad_(learn) for channels_and_grid in stages)
+
+
+def as_maps(model: Model, features: Sequence[Tensor]) -> list[Tensor]:
+    """The features as maps; of tokens a view."""
     if features[0].dim() == 4:
         return list(features)
     return [

@@ -1,7 +1,7 @@
-"""`lowpass`: both layouts, tokens, filters that learn, two-byte elements, and the grids of later stages.
+"""Suite `lowpass`: both layouts, tokens, learnable filters, 16-bit elements, and the grids of later stages.
 
-A CIFAR ResNet's stage has sides that halve down to every scale, as blur pools halve them; elsewhere those are skipped.
-Counted in bytes alone, X of the map and Y of the pyramid: it is about one FLOP a byte.
+The sides of a CIFAR ResNet's stages halve down to every scale, as blur pools need; other maps skip those. Counted in
+bytes alone, X of the map and Y of the pyramid: the op computes about one FLOP per byte.
 """
 
 import math
@@ -11,86 +11,92 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import machine, peers
-from lfcc_kernels.bench.cases.base import CELLS, MODES, SCALES, Candidate, Case, Step, compiled, features
-from lfcc_kernels.bench.cases.conversions import raised, unconverted
+from lfcc_kernels.bench import peers
+from lfcc_kernels.bench.cases.base import (
+    CELLS,
+    MODES,
+    SCALES,
+    Candidate,
+    Case,
+    Step,
+    compiled,
+    features,
+    native_bfloat16,
+    upcast_on_cpu,
+)
+from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.peers import libraries
 
 LARGE = (32, 256, 56, 56)
 LARGE_GPU = (256, 256, 56, 56)
+Shape = tuple[int, int, int, int]
 
 
-def cases(tiny: bool, dtype: torch.dtype | None) -> list[Case]:
-    suite = _for_gpu if machine.HERE.device.type == "cuda" else _for_cpu
-    return [case for mode in MODES for case in suite(mode, tiny, dtype)]
+def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
+    suite = _for_gpu if machine.gpu else _for_cpu
+    float32, bfloat16 = dtype or torch.float32, dtype or torch.bfloat16
+    return [case for mode in MODES for case in suite(machine, mode, float32, bfloat16)]
 
 
-def _for_cpu(mode: str, tiny: bool, dtype: torch.dtype | None) -> tuple[Case, ...]:
-    four_bytes, two_bytes = dtype or torch.float32, dtype or torch.bfloat16
+def _for_cpu(machine: Machine, mode: str, float32: torch.dtype, bfloat16: torch.dtype) -> tuple[Case, ...]:
     return (
-        _map("nchw", LARGE, mode, tiny, four_bytes, compile=True, blur_pools=True, quick=True),
-        _map("channels_last", LARGE, mode, tiny, four_bytes),
-        _map("nchw", (32, 512, 28, 28), mode, tiny, four_bytes),
-        _map("nchw", (64, 256, 14, 14), mode, tiny, four_bytes),
-        _map("nchw", (128, 512, 7, 7), mode, tiny, four_bytes),
-        _map("nchw", LARGE, mode, tiny, two_bytes),
-        _map("nchw", (256, 64, 32, 32), mode, tiny, four_bytes, blur_pools=True, heaps=False),
-        _tokens((128, 197, 384), (14, 14), 1, mode, tiny, four_bytes),
-        _learnable(LARGE, mode, tiny, four_bytes),
+        _map(machine, "nchw", LARGE, mode, float32, compile=True, blur_pools=True, quick=True),
+        _map(machine, "channels_last", LARGE, mode, float32),
+        _map(machine, "nchw", (32, 512, 28, 28), mode, float32),
+        _map(machine, "nchw", (64, 256, 14, 14), mode, float32),
+        _map(machine, "nchw", (128, 512, 7, 7), mode, float32),
+        _map(machine, "nchw", LARGE, mode, bfloat16),
+        _map(machine, "nchw", (256, 64, 32, 32), mode, float32, blur_pools=True, heaps=False),
+        _tokens(machine, (128, 197, 384), (14, 14), 1, mode, float32),
+        _learnable(machine, LARGE, mode, float32),
     )
 
 
-def _for_gpu(mode: str, tiny: bool, dtype: torch.dtype | None) -> tuple[Case, ...]:
-    """A ResNet-50's stages at a batch of 256, and the tokens of a ViT-B."""
-    four_bytes, two_bytes = dtype or torch.float32, dtype or torch.bfloat16
+def _for_gpu(machine: Machine, mode: str, float32: torch.dtype, bfloat16: torch.dtype) -> tuple[Case, ...]:
+    """The stages of a ResNet-50 at a batch of 256, and the tokens of a ViT-B."""
     return (
-        _map("nchw", LARGE_GPU, mode, tiny, two_bytes, compile=True, blur_pools=True, quick=True),
-        _map("nchw", (256, 512, 28, 28), mode, tiny, two_bytes),
-        _map("nchw", (256, 1024, 14, 14), mode, tiny, two_bytes),
-        _map("nchw", (256, 2048, 7, 7), mode, tiny, two_bytes),
-        _map("nchw", (2048, 64, 32, 32), mode, tiny, two_bytes, blur_pools=True),
-        _map("channels_last", LARGE_GPU, mode, tiny, two_bytes),
-        _tokens((256, 197, 768), (14, 14), 1, mode, tiny, two_bytes),
-        _learnable(LARGE_GPU, mode, tiny, two_bytes),
-        _map("nchw", (64, 256, 56, 56), mode, tiny, four_bytes),
+        _map(machine, "nchw", LARGE_GPU, mode, bfloat16, compile=True, blur_pools=True, quick=True),
+        _map(machine, "nchw", (256, 512, 28, 28), mode, bfloat16),
+        _map(machine, "nchw", (256, 1024, 14, 14), mode, bfloat16),
+        _map(machine, "nchw", (256, 2048, 7, 7), mode, bfloat16),
+        _map(machine, "nchw", (2048, 64, 32, 32), mode, bfloat16, blur_pools=True),
+        _map(machine, "channels_last", LARGE_GPU, mode, bfloat16),
+        _tokens(machine, (256, 197, 768), (14, 14), 1, mode, bfloat16),
+        _learnable(machine, LARGE_GPU, mode, bfloat16),
+        _map(machine, "nchw", (64, 256, 56, 56), mode, float32),
     )
 
 
 def _map(
+    machine: Machine,
     layout: str,
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     mode: str,
-    tiny: bool,
     dtype: torch.dtype,
     compile: bool = False,
     blur_pools: bool = False,
     **options,
 ) -> Case:
-    shape = _cut(shape) if tiny else shape
+    shape = _narrow(shape) if machine.tiny else shape
     memory_format = torch.contiguous_format if layout == "nchw" else torch.channels_last
     one_gemm = peers.pool_one_gemm if layout == "nchw" else peers.pool_one_gemm_channels_last
     eager: dict[str, Candidate] = {"eager": partial(peers.pool_each_scale, scales=SCALES)}
-    product: dict[str, Candidate] = {"one-GEMM": partial(one_gemm, matrix=_matrix(shape[2:], dtype))}
+    product: dict[str, Candidate] = {"one-GEMM": partial(one_gemm, matrix=_matrix(machine, shape[2:], dtype))}
     if compile:
-        eager |= compiled(eager)
-        product |= compiled(product)
+        eager |= compiled(machine, eager)
+        product |= compiled(machine, product)
     others: dict[str, Candidate] = {"cascade": partial(peers.pool_cascade, scales=SCALES)}
     if blur_pools:
         others["kornia"] = partial(libraries.kornia, scales=SCALES)
         others["antialiased-cnns"] = partial(libraries.antialiased_cnns, scales=SCALES)
+    lowpass: Candidate = partial(lk.lowpass, scales=SCALES)
     return Case(
         "lowpass",
         layout,
         shape,
         mode,
-        lambda: (features(shape, mode != "fwd", dtype, memory_format),),
-        {
-            "ours": partial(lk.lowpass, scales=SCALES),
-            **eager,
-            **raised(product, dtype),
-            **unconverted(product, dtype),
-            **others,
-        },
+        lambda: (features(machine, shape, mode != "fwd", dtype, memory_format),),
+        {"ours": lowpass} | eager | _products(machine, product, dtype) | others,
         *_cost(shape, mode, dtype.itemsize),
         dtype=dtype,
         op="lowpass",
@@ -100,12 +106,17 @@ def _map(
 
 
 def _tokens(
-    shape: tuple[int, int, int], grid: tuple[int, int], prefix_tokens: int, mode: str, tiny: bool, dtype: torch.dtype
+    machine: Machine,
+    shape: tuple[int, int, int],
+    grid: tuple[int, int],
+    prefix_tokens: int,
+    mode: str,
+    dtype: torch.dtype,
 ) -> Case:
-    shape = (2, shape[1], 8) if tiny else shape
-    matrix = _matrix(grid, dtype)
+    shape = (2, shape[1], 8) if machine.tiny else shape
+    matrix = _matrix(machine, grid, dtype)
 
-    def ours(x: Tensor) -> Tensor:
+    def lowpass(x: Tensor) -> Tensor:
         return lk.lowpass(x, SCALES, grid=grid, prefix_tokens=prefix_tokens)
 
     def eager(x: Tensor) -> Tensor:
@@ -114,14 +125,13 @@ def _tokens(
     def one_gemm(x: Tensor) -> Tensor:
         return peers.pool_one_gemm_channels_last(peers.as_map(x, grid, prefix_tokens), matrix)
 
-    product: dict[str, Candidate] = {"one-GEMM": one_gemm}
     return Case(
         "lowpass",
         "tokens",
         shape,
         mode,
-        lambda: (features(shape, mode != "fwd", dtype),),
-        {"ours": ours, "eager": eager, **raised(product, dtype), **unconverted(product, dtype)},
+        lambda: (features(machine, shape, mode != "fwd", dtype),),
+        {"ours": lowpass, "eager": eager} | _products(machine, {"one-GEMM": one_gemm}, dtype),
         *_cost((shape[0], shape[2], *grid), mode, dtype.itemsize),
         dtype=dtype,
         op="lowpass",
@@ -129,18 +139,18 @@ def _tokens(
     )
 
 
-def _learnable(shape: tuple[int, int, int, int], mode: str, tiny: bool, dtype: torch.dtype) -> Case:
-    shape = _cut(shape) if tiny else shape
+def _learnable(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype) -> Case:
+    shape = _narrow(shape) if machine.tiny else shape
 
     def inputs() -> tuple[Tensor, ...]:
         bank = lk.LowPassPyramid(SCALES, "learnable").bank
         for logits in bank.parameters():
             torch.nn.init.normal_(logits)
-        kept = torch.promote_types(dtype, torch.float32)  # the dtype that our filters have
-        filters = (f.detach().to(machine.HERE.device, kept).requires_grad_(mode != "fwd") for f in bank(*shape[2:]))
-        return features(shape, mode != "fwd", dtype), *filters
+        filter_dtype = torch.promote_types(dtype, torch.float32)  # that of the module's filters
+        filters = (f.detach().to(machine.device, filter_dtype).requires_grad_(mode != "fwd") for f in bank(*shape[2:]))
+        return features(machine, shape, mode != "fwd", dtype), *filters
 
-    def ours(x: Tensor, row_filters: Tensor, col_filters: Tensor) -> Tensor:
+    def lowpass(x: Tensor, row_filters: Tensor, col_filters: Tensor) -> Tensor:
         return lk.lowpass(x, SCALES, row_filters=row_filters, col_filters=col_filters)
 
     def one_gemm(x: Tensor, row_filters: Tensor, col_filters: Tensor) -> Tensor:
@@ -153,7 +163,7 @@ def _learnable(shape: tuple[int, int, int, int], mode: str, tiny: bool, dtype: t
         shape,
         mode,
         inputs,
-        {"ours": ours, **raised(products, dtype), **unconverted(products, dtype)},
+        {"ours": lowpass} | _products(machine, products, dtype),
         *_cost(shape, mode, dtype.itemsize, backward_reads=True),
         dtype=dtype,
         op="lowpass",
@@ -161,19 +171,20 @@ def _learnable(shape: tuple[int, int, int, int], mode: str, tiny: bool, dtype: t
     )
 
 
-def _matrix(grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The stacked averages as a user keeps them for maps of `dtype`: where and in what the product is taken."""
-    like = peers.raised(torch.empty(0, dtype=dtype, device=machine.HERE.device))
-    return peers.stacked_averages(grid, SCALES).to(like)
+def _products(machine: Machine, candidates: dict[str, Candidate], dtype: torch.dtype) -> dict[str, Candidate]:
+    return upcast_on_cpu(machine, candidates, dtype) | native_bfloat16(machine, candidates, dtype)
 
 
-def _cut(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def _matrix(machine: Machine, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The stacked averages for maps of `dtype`, on the device and in the dtype of the product."""
+    return peers.stacked_averages(grid, SCALES).to(peers.upcast(torch.empty(0, dtype=dtype, device=machine.device)))
+
+
+def _narrow(shape: Shape) -> Shape:
     return 2, 8, *shape[2:]
 
 
-def _cost(
-    shape: tuple[int, int, int, int], mode: str, itemsize: int, backward_reads: bool = False
-) -> tuple[tuple[Step, ...], str]:
+def _cost(shape: Shape, mode: str, itemsize: int, backward_reads: bool = False) -> tuple[tuple[Step, ...], str]:
     """Steps and formula; the gradients of filters read the map again."""
     whole, pyramid = math.prod(shape) * itemsize, shape[0] * shape[1] * CELLS * itemsize
     if mode == "fwd":

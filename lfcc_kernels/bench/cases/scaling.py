@@ -1,8 +1,8 @@
-"""Time and memory against one size at a time: B, D, H * W, the number of scales, and the number of ranks.
+"""Suite `scaling`: time and memory against one size at a time: B, D, H * W, the number of scales, the number of ranks.
 
 B and D of the one-way contrast with a frozen teacher; B of the whole loss on small maps; H * W of the low-pass at
-constant B * C; scales of the low-pass on one map, whose number ends the shape. Ranks, whose number begins the shape,
-scale weakly: each keeps its rows and contrasts them with the keys of all, so its work grows with their number.
+constant B * C; scales of the low-pass on one map, with their number at the end of the shape. Ranks, whose number begins
+the shape, scale weakly: each has its own rows and contrasts them with the keys of all, so the work per rank grows.
 Counted as in `lowpass` and `info_nce`.
 """
 
@@ -15,38 +15,39 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import machine, peers, ranks
+from lfcc_kernels.bench import peers, ranks
 from lfcc_kernels.bench.cases import lfcc
 from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case, Step, features, rows
+from lfcc_kernels.bench.machine import Machine
 
 MANY_SCALES = (1, 2, 4, 7, 14)
 
 
-def cases(tiny: bool, dtype: torch.dtype | None) -> list[Case]:
-    if machine.HERE.device.type == "cuda":
+def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
+    if machine.gpu:
         dtype = dtype or torch.bfloat16
         batches, whole_batches, dims = (256, 1024, 4096, 16384, 65536), (512, 2048, 8192), (128, 512, 2048, 4096)
-        rows_against_dims, sides, maps, rows_a_rank = 8192, (7, 14, 28, 56, 112), 256, 8192
+        fixed_batch, sides, maps, rows_per_rank = 8192, (7, 14, 28, 56, 112), 256, 8192
     else:
         dtype = dtype or torch.float32
         batches, whole_batches, dims = (64, 256, 1024, 4096), (128, 512, 2048), (128, 512, 2048, 4096)
-        rows_against_dims, sides, maps, rows_a_rank = 512, (7, 14, 28, 56), 32, 512
-    numbers = range(1, len(MANY_SCALES) + 1)
+        fixed_batch, sides, maps, rows_per_rank = 512, (7, 14, 28, 56), 32, 512
+    lowpass = partial(_lowpass, machine, dtype)
     return [
-        *(_contrast("over-B", (b, 512), tiny, dtype, axis="B", x=b) for b in batches),
-        *(_contrast("over-D", (rows_against_dims, d), tiny, dtype, axis="D", x=d) for d in dims),
-        *(_whole_loss(b, tiny, dtype) for b in whole_batches),
-        *(_lowpass("over-HW", (maps, 256, s, s), SCALES, tiny, dtype, axis="H*W", x=s**2) for s in sides),
+        *(_contrast(machine, dtype, "over-B", (b, 512), axis="B", x=b) for b in batches),
+        *(_contrast(machine, dtype, "over-D", (fixed_batch, d), axis="D", x=d) for d in dims),
+        *(_whole_loss(machine, dtype, b) for b in whole_batches),
+        *(lowpass("over-HW", (maps, 256, s, s), SCALES, axis="H*W", x=s**2) for s in sides),
         *(
-            _lowpass("over-scales", (maps, 256, 56, 56, n), MANY_SCALES[:n], tiny, dtype, axis="scales", x=n)
-            for n in numbers
+            lowpass("over-scales", (maps, 256, 56, 56, n), MANY_SCALES[:n], axis="scales", x=n)
+            for n in range(1, len(MANY_SCALES) + 1)
         ),
-        *(_across_ranks(n, (rows_a_rank, 512), tiny, dtype) for n in (1, 2, 4)),
+        *(_across_ranks(machine, dtype, n, (rows_per_rank, 512)) for n in (1, 2, 4)),
     ]
 
 
-def _contrast(label: str, shape: tuple[int, int], tiny: bool, dtype: torch.dtype, **options) -> Case:
-    shape = (shape[0] // 32, shape[1] // 16) if tiny else shape
+def _contrast(machine: Machine, dtype: torch.dtype, label: str, shape: tuple[int, int], **options) -> Case:
+    shape = _narrow(machine, shape)
     calls = {
         "ours": lk.info_nce,
         "eager": peers.contrast_dense,
@@ -58,7 +59,7 @@ def _contrast(label: str, shape: tuple[int, int], tiny: bool, dtype: torch.dtype
         f"info_nce-{label}",
         shape,
         "fwd+bwd",
-        lambda: rows(shape, True, dtype),
+        lambda: rows(machine, shape, True, dtype),
         {name: partial(call, temperature=TEMPERATURE) for name, call in calls.items()},
         (Step(moved, 4 * pairs * shape[1]),),
         "4 B^2 D FLOPs",
@@ -71,24 +72,24 @@ def _contrast(label: str, shape: tuple[int, int], tiny: bool, dtype: torch.dtype
     )
 
 
-def _whole_loss(batch: int, tiny: bool, dtype: torch.dtype) -> Case:
-    case = lfcc.small_maps(batch, tiny, dtype)
+def _whole_loss(machine: Machine, dtype: torch.dtype, batch: int) -> Case:
+    case = lfcc.small_maps(machine, batch, dtype)
     return replace(case, suite="scaling", label="lfcc-over-B", axis="B", x=batch)
 
 
 def _lowpass(
-    label: str, shape: tuple[int, ...], scales: Sequence[int], tiny: bool, dtype: torch.dtype, **options
+    machine: Machine, dtype: torch.dtype, label: str, shape: tuple[int, ...], scales: Sequence[int], **options
 ) -> Case:
-    shape = (2, 8, *shape[2:]) if tiny else shape
+    shape = (2, 8, *shape[2:]) if machine.tiny else shape
     whole = shape[:4]
     cells = sum(scale**2 for scale in scales)
 
     @cache
     def matrix(like: torch.dtype) -> Tensor:
-        return peers.stacked_averages(whole[2:], scales).to(machine.HERE.device, like)
+        return peers.stacked_averages(whole[2:], scales).to(machine.device, like)
 
     def one_gemm(x: Tensor) -> Tensor:
-        return peers.pool_one_gemm(x, matrix(peers.raised(x[:0]).dtype))
+        return peers.pool_one_gemm(x, matrix(peers.upcast(x[:0]).dtype))
 
     moved = 2 * (math.prod(whole) + math.prod(whole[:2]) * cells) * dtype.itemsize
     return Case(
@@ -96,7 +97,7 @@ def _lowpass(
         f"lowpass-{label}",
         shape,
         "fwd+bwd",
-        lambda: (features(whole, True, dtype),),
+        lambda: (features(machine, whole, True, dtype),),
         {
             "ours": partial(lk.lowpass, scales=scales),
             "eager": partial(peers.pool_each_scale, scales=scales),
@@ -115,7 +116,7 @@ def _lowpass(
 
 @dataclass(frozen=True)
 class _AcrossRanks(Case):
-    """A case that is done when all ranks are."""
+    """A case whose call ends when all ranks have finished theirs."""
 
     world: ranks.World = field(kw_only=True)
 
@@ -125,11 +126,11 @@ class _AcrossRanks(Case):
         return results
 
 
-def _across_ranks(number: int, shape: tuple[int, int], tiny: bool, dtype: torch.dtype) -> Case:
-    shape = (shape[0] // 32, shape[1] // 16) if tiny else shape
-    make_rows = partial(rows, shape, True, dtype)
-    world = ranks.World(number, make_rows)
-    losses = {"ours": ranks.ours, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
+def _across_ranks(machine: Machine, dtype: torch.dtype, number: int, shape: tuple[int, int]) -> Case:
+    shape = _narrow(machine, shape)
+    make_rows = partial(rows, machine, shape, True, dtype)
+    world = ranks.World(machine.device, number, make_rows)
+    losses = {"ours": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
     return _AcrossRanks(
         "scaling",
         "info_nce-over-ranks",
@@ -145,3 +146,7 @@ def _across_ranks(number: int, shape: tuple[int, int], tiny: bool, dtype: torch.
         world=world,
         close=world.close,
     )
+
+
+def _narrow(machine: Machine, shape: tuple[int, int]) -> tuple[int, int]:
+    return (shape[0] // 32, shape[1] // 16) if machine.tiny else shape

@@ -1,9 +1,9 @@
-"""A whole step of training, as `lfcc distill` does it, with and without the loss: what share of a step the loss takes.
+"""Suite `step`: a whole training step of `lfcc distill` with and without the loss, for the loss's share of a step.
 
-A step is: the frozen teacher's forward pass, the student's, cross-entropy + LFCC, backward, and AdamW over student,
-projections and filters. The learning rate is 0, so that all candidates see one student for ever; AdamW does its work
-all the same. The baseline leaves LFCC out and keeps both models' forward passes. Models are timm's with random weights,
-drop nothing and have their batch normalisation in training mode. On a GPU products are taken in bfloat16 by autocast.
+A step is the teacher's and the student's forward pass, cross-entropy + LFCC, backward, and AdamW over student,
+projections and filters. The learning rate is 0, so all candidates see the same student, and AdamW still does its work.
+The baseline omits LFCC and runs both forward passes. Models are timm's with random weights, without dropout, and with
+batch normalisation in training mode. On a GPU autocast computes products in bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,42 +14,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench import machine, peers
+from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case
-from lfcc_kernels.bench.cases.ofa import MODELS
+from lfcc_kernels.bench.machine import Machine
+from lfcc_kernels.bench.ofa import MODELS
 
 CLASSES = 1000
 PAIRS = (("resnet18", "swin_t"), ("deit_t", "convnext_t"), ("resmlp_12", "vit_s"))
 
 
-def cases(tiny: bool, dtype: torch.dtype | None) -> list[Case]:
-    if machine.HERE.device.type == "cuda":
-        batch, own = 128, dtype or torch.bfloat16
-    else:
-        batch, own = 8, dtype or torch.float32
+def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
+    batch, own = (128, dtype or torch.bfloat16) if machine.gpu else (8, dtype or torch.float32)
     return [
-        _step(*PAIRS[0], tiny, 4, 128, own, quick=True),
-        *(_step(*pair, tiny, batch, 224, own) for pair in PAIRS),
+        _step(machine, *PAIRS[0], 4, 128, own, quick=True),
+        *(_step(machine, *pair, batch, 224, own) for pair in PAIRS),
     ]
 
 
 class Learner(NamedTuple):
-    """Student with loss and teacher, and the optimizer of the former."""
+    """Student, teacher and loss in one module, and the optimizer of its trainable parameters."""
 
-    distiller: torch.nn.Module  # a Distiller; `lfcc_kernels.distill` needs timm, and listing cases does not
+    distiller: torch.nn.Module  # a Distiller; listing cases must not import `lfcc_kernels.distill`, which needs timm
     optimizer: torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
 class TrainingStep(Case):
-    """`run` goes on to the update. `learner` is that for images of a dtype: float64 models for the reference."""
+    """A case whose `run` includes the update. `learner` takes the dtype of the images: float64 for the reference."""
 
     learner: Callable[[torch.dtype], Learner] = field(kw_only=True)
 
     def run(self, call: Candidate, inputs: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, ...]:
-        """The loss, and the gradients of all weights that have more than one dimension.
+        """The loss and the gradients of all weights with more than one dimension.
 
-        Those of a bias before a normalisation are zero but for rounding, which is no measure of a candidate.
+        The gradient of a bias before a normalisation is only rounding error and says nothing about a candidate.
         """
         distiller, optimizer = self.learner(inputs[0].dtype)
         loss = call(*inputs)
@@ -61,10 +59,10 @@ class TrainingStep(Case):
 
 
 def _step(
-    student: str, teacher: str, tiny: bool, batch: int, side: int, dtype: torch.dtype, quick: bool = False
+    machine: Machine, student: str, teacher: str, batch: int, side: int, dtype: torch.dtype, quick: bool = False
 ) -> Case:
-    batch, side, scales = (2, 64, (1, 2)) if tiny else (batch, side, SCALES)
-    device = machine.HERE.device
+    batch, side, scales = (2, 64, (1, 2)) if machine.tiny else (batch, side, SCALES)
+    device = machine.device
 
     @cache
     def learner(images: torch.dtype) -> Learner:
@@ -77,33 +75,33 @@ def _step(
             for name in (student, teacher)
         )
         extractors = [create_extractor(model, image_size=side) for model in models]
-        lfcc = build_lfcc(*extractors, scales=scales, temperature=TEMPERATURE)
-        of_images = torch.float64 if images == torch.float64 else torch.float32
-        distiller = Distiller(extractors[0], extractors[1].to(of_images), lfcc, alpha=0).to(device, of_images)
+        loss = build_lfcc(*extractors, scales=scales, temperature=TEMPERATURE)
+        model_dtype = torch.float64 if images == torch.float64 else torch.float32
+        distiller = Distiller(extractors[0], extractors[1].to(model_dtype), loss, alpha=0).to(device, model_dtype)
         return Learner(distiller, torch.optim.AdamW(distiller.parameters(), lr=0.0))
 
-    def mixed(images: Tensor) -> torch.autocast:
+    def autocast(images: Tensor) -> torch.autocast:
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and images.dtype != torch.float64)
 
-    def ours(images: Tensor, labels: Tensor) -> Tensor:
+    def lfcc(images: Tensor, labels: Tensor) -> Tensor:
         distiller, _ = learner(images.dtype)
-        with mixed(images):
+        with autocast(images):
             return distiller(images, labels, distiller.teach(images))["loss"]
 
-    def written(images: Tensor, labels: Tensor) -> Tensor:
+    def eager(images: Tensor, labels: Tensor) -> Tensor:
         distiller, _ = learner(images.dtype)
-        lfcc = distiller.lfcc
-        with mixed(images):
+        module = distiller.lfcc
+        with autocast(images):
             loss, student_maps, teacher_maps = _forward(distiller, images, labels)
-            pyramids = zip(lfcc.student_filters, student_maps, strict=True)
+            pyramids = zip(module.student_filters, student_maps, strict=True)
             filters = [pyramid.bank(*student_map.shape[2:]) for pyramid, student_map in pyramids]
-            weights = [projection.weight for projection in lfcc.student_projections]
+            weights = [projection.weight for projection in module.student_projections]
             return loss + peers.lfcc_filter_each_scale(
                 student_maps, teacher_maps, weights, filters, scales, TEMPERATURE
             )
 
     def without(images: Tensor, labels: Tensor) -> Tensor:
-        with mixed(images):
+        with autocast(images):
             return _forward(learner(images.dtype).distiller, images, labels)[0]
 
     def inputs() -> tuple[Tensor, Tensor]:
@@ -116,20 +114,20 @@ def _step(
         (batch, 3, side, side),
         "fwd+bwd",
         inputs,
-        {"ours": ours, "eager": written},
+        {"ours": lfcc, "eager": eager},
         dtype=dtype,
         learner=learner,
         quick=quick,
         heaps=False,
         baseline=without,
-        # Rounded products switch ReLUs and maxima: 0.35 was seen in bfloat16, in a ResNet-18's convolutions.
+        # Rounding flips ReLUs and maxima: bfloat16 deviated by up to 0.35 in the convolutions of a ResNet-18.
         tolerance=None if exact else 0.5,
         close=learner.cache_clear,
     )
 
 
 def _forward(distiller: torch.nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Cross-entropy, and the maps of student and teacher."""
+    """Cross-entropy, and the feature maps of student and teacher."""
     with torch.no_grad():
         _, teacher_maps = distiller.teacher(images)
     logits, student_maps = distiller.student(images)

@@ -1,11 +1,12 @@
-"""The machine that is measured: `HERE`, the CPU unless LFCC_BENCH_DEVICE is "cuda"."""
+"""The machine that the benchmark measures: a CPU or an NVIDIA GPU."""
 
-import os
-
-from lfcc_kernels.bench.machine.base import SIZE, Machine
+from lfcc_kernels.bench.machine.base import Machine
 from lfcc_kernels.bench.machine.cpu import KEPT_HEAP, Cpu
 from lfcc_kernels.bench.machine.cuda import Cuda
 
-__all__ = ["HERE", "KEPT_HEAP", "SIZE", "Cpu", "Cuda", "Machine"]
+__all__ = ["KEPT_HEAP", "Cpu", "Cuda", "Machine", "open_machine"]
 
-HERE: Machine = {"cpu": Cpu, "cuda": Cuda}[os.environ.get("LFCC_BENCH_DEVICE", "cpu")]()
+
+def open_machine(device: str, size: str = "full") -> Machine:
+    """The machine for device "cpu" or "cuda", which runs a benchmark of size "full", "quick" or "tiny"."""
+    return {"cpu": Cpu, "cuda": Cuda}[device](size)

@@ -1,5 +1,6 @@
-"""What the harness asks of a machine: a clock, the ceilings, peak memory and facts, all of this process."""
+"""What the harness needs from a machine: a clock, the ceilings, peak memory, and facts for the record."""
 
+import copy
 import os
 import platform
 from abc import ABC, abstractmethod
@@ -13,70 +14,84 @@ import lfcc_kernels as lk
 from lfcc_kernels.bench.record import Request
 from lfcc_kernels.version import commit
 
-# "full", "quick" (few cases, shorter, nothing compiled by torch) or "tiny": the smallest shapes and probes, a smoke
-# test of the benchmarks, whose times mean nothing.
-SIZE = os.environ.get("LFCC_BENCH_SIZE", "full")
-
 Call = Callable[[], tuple[Tensor, ...]]
 
 
 class Machine(ABC):
-    """One implementation a kind of device."""
+    """A device and the size of the benchmark it runs.
+
+    `size` is "full", "quick" (few cases, fewer rounds, no torch.compile) or "tiny" (a smoke test with the smallest
+    shapes and probes, whose times are meaningless).
+    """
 
     device: torch.device
-    run: str  # under which name the results file keeps what is measured here
-    seconds_a_case: float  # a case of a full benchmark gets as many rounds as fit in this time
-    tolerance: Mapping[torch.dtype, float]  # deviation from the reference, over its largest value, that is rounding
-    float64_limit: int  # above this many bytes of inputs the reference is eager in the case's dtype
-    graph_below: float = 0.0  # seconds under which calls are captured and replayed together
-    weighs_all: bool = False  # whether peak memory costs so little that it is measured in every case
+    run: str  # name of its run in the record
+    seconds_per_case: float  # time budget of a case in a full benchmark
+    tolerance: Mapping[torch.dtype, float]  # deviation from the reference, relative to its largest value, by rounding
+    float64_limit: int  # bytes of inputs above which the reference is eager in the case's dtype
+    graph_below: float = 0.0  # seconds below which calls are captured and replayed together
+    memory_of_all: bool = False  # whether peak memory is cheap enough to measure in every case
+
+    def __init__(self, size: str = "full") -> None:
+        self.size = size
+        self.tiny = size == "tiny"
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def with_tiny_shapes(self) -> "Machine":
+        """The same machine, whose cases have the same candidates on tiny shapes."""
+        machine = copy.copy(self)
+        machine.tiny = True
+        return machine
 
     @abstractmethod
     def name(self) -> str:
-        """Name of the device, fit for a folder."""
+        """Name of the device, usable as a folder name."""
 
     @abstractmethod
     def cache_bytes(self) -> int:
-        """Bytes of the last cache level."""
+        """Size of the last-level cache in bytes."""
 
     @abstractmethod
     def copy_gbps(self) -> float:
-        """Gigabytes a second read and written by a copy past the last cache, best of three."""
+        """10^9 bytes per second, read plus written, of a copy larger than the last-level cache; best of three."""
 
     @abstractmethod
     def gemm_gflops(self, dtype: torch.dtype) -> float:
-        """10^9 multiplications and additions a second of a square GEMM, best of some."""
+        """10^9 FLOPs per second of a square GEMM; best of several."""
 
     @abstractmethod
     def clock_mhz(self) -> float | None:
-        """The clock at this moment; None where the device does not say."""
+        """The current clock; None if the device does not report it."""
 
     @abstractmethod
     def seconds(self, call: Callable[[], object], calls: int = 1, head_start: float = 0.0) -> float:
-        """Time of one of `calls` calls in a row; what a call gives back is dropped after the clock has stopped.
+        """Time per call of `calls` calls in a row; results are freed after the clock has stopped.
 
-        A device that works beside its host begins so many seconds late, with the call enqueued by then.
+        `head_start`: seconds of GPU sleep before the timed call, so that launches are already queued.
         """
 
-    def rounds(self, seconds_a_round: float) -> int:
-        """How many rounds of that length a case gets."""
-        fewest, most, budget = {"full": (7, 50, 1.0), "quick": (5, 20, 0.4), "tiny": (3, 3, 0.0)}[SIZE]
-        return min(most, max(fewest, int(budget * self.seconds_a_case / seconds_a_round)))
+    def rounds(self, seconds_per_round: float) -> int:
+        """Number of rounds that fit into a case's time budget."""
+        fewest, most, budget = {"full": (7, 50, 1.0), "quick": (5, 20, 0.4), "tiny": (3, 3, 0.0)}[self.size]
+        return min(most, max(fewest, int(budget * self.seconds_per_case / seconds_per_round)))
 
     def host_seconds(self, call: Callable[[], object]) -> float:
-        """Time that the host needs to enqueue a call; nothing where the host does the work."""
+        """Time the host needs to enqueue a call; 0 if the host itself computes."""
         return 0.0
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
-        """All calls as one that the device replays; raises where that cannot be."""
+        """All calls as one replay; raises if the device cannot capture them."""
         raise NotImplementedError
 
     @abstractmethod
     def peak_memory(self, request: Request, case: str, calls: Mapping[str, Call]) -> dict[str, int]:
-        """Bytes beyond inputs, results and gradients of the candidates; without those it cannot be told for."""
+        """Peak bytes beyond inputs, results and gradients, by candidate; candidates it cannot measure are left out."""
 
     def environment(self) -> dict:
-        """What a reader must know to judge the times."""
+        """Facts needed to judge the times."""
         return {
             "platform": platform.platform(),
             "python": platform.python_version(),
@@ -90,5 +105,5 @@ class Machine(ABC):
 
 
 def slug(name: str) -> str:
-    """A name fit for a folder: "amd-epyc-9554"."""
+    """A folder name such as "amd-epyc-9554"."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

@@ -1,4 +1,4 @@
-"""The processor of this machine: heap, caches, copy bandwidth and GEMM rate."""
+"""The CPU of this machine: heap, caches, copy bandwidth and GEMM rate."""
 
 import functools
 import gc
@@ -16,32 +16,32 @@ from types import MappingProxyType
 import torch
 
 from lfcc_kernels.backends import native
-from lfcc_kernels.bench.machine.base import SIZE, Call, Machine, slug
+from lfcc_kernels.bench.machine.base import Call, Machine, slug
 from lfcc_kernels.bench.record import Request
 
-# glibc gives every large tensor back to the kernel, so each new one costs its page faults again. These
-# settings keep the memory; they count only when they are in the environment before the process starts.
+# glibc returns the memory of every large tensor to the kernel, so each new tensor costs page faults again. These
+# settings keep the memory; glibc reads them when a process starts.
 KEPT_HEAP = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
 }
 
-GEMM_SIDE = 128 if SIZE == "tiny" else 1536
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Cpu(Machine):
-    """The clock is the host's; the run is named after the heap, "kept" where KEPT_HEAP was set, else "default"."""
+    """Timed by the host's clock. The run is "kept" if the process started with KEPT_HEAP, otherwise "default"."""
 
     device = torch.device("cpu")
-    seconds_a_case = 1.5
+    seconds_per_case = 1.5
     tolerance = MappingProxyType({torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3})
     float64_limit = 1 << 30
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "full") -> None:
+        super().__init__(size)
         kept = all(os.environ.get(name) == value for name, value in KEPT_HEAP.items())
         self.run = "kept" if kept else "default"
 
@@ -52,19 +52,19 @@ class Cpu(Machine):
         return _last_cache()
 
     def copy_gbps(self) -> float:
-        size = 1 << 20 if SIZE == "tiny" else 2 * self.cache_bytes()
+        size = 1 << 20 if self.tiny else 2 * self.cache_bytes()
         if native.host is not None:
             return native.host.copy_bandwidth(size, 3)
         source, target = torch.ones(2, size // 4)
         return 2 * size / min(self.seconds(lambda: target.copy_(source)) for _ in range(3)) / 1e9
 
     def gemm_gflops(self, dtype: torch.dtype) -> float:
-        """Always in float32: to that two bytes are raised before a product."""
-        a, b, c = _gemm_operands()
-        return 2 * GEMM_SIDE**3 / min(self.seconds(lambda: torch.mm(a, b, out=c)) for _ in range(2)) / 1e9
+        """Always in float32, to which the kernels convert 16-bit rows."""
+        a, b, c = _gemm_operands(128 if self.tiny else 1536)
+        return 2 * len(a) ** 3 / min(self.seconds(lambda: torch.mm(a, b, out=c)) for _ in range(2)) / 1e9
 
     def clock_mhz(self) -> float | None:
-        """The highest of the cores."""
+        """The highest clock of all cores."""
         lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
         return max((float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")), default=None)
 
@@ -81,13 +81,13 @@ class Cpu(Machine):
         return seconds
 
     def peak_memory(self, request: Request, case: str, calls: Mapping[str, Call]) -> dict[str, int]:
-        """In a process of its own (bench/memory.py): this one keeps memory that it has used before."""
+        """In a separate process (bench/memory.py), because this one has memory from earlier calls."""
         if self.run == "kept" or not Path("/proc/self/clear_refs").exists():
             return {}
         command = [sys.executable, "-m", "lfcc_kernels.bench.memory", json.dumps(asdict(request)), case, *calls]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:  # the times that were taken shall not be lost for it
-            print(f"{case}: memory not measured, {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        if done.returncode:  # keep the times
+            print(f"{case}: peak memory could not be measured: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return {}
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -103,18 +103,18 @@ class Cpu(Machine):
         }
 
     def _model(self) -> str:
-        import cpuinfo  # takes a second, and a run on another device does without
+        import cpuinfo  # takes a second, which a run on a GPU saves
 
         return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
 
 
 @functools.cache
 def _last_cache() -> int:
-    """32 MiB where the system does not say."""
+    """32 MiB if the system does not report it."""
     sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
     return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
 
 
 @functools.cache
-def _gemm_operands() -> tuple[torch.Tensor, ...]:
-    return torch.randn(3, GEMM_SIDE, GEMM_SIDE).unbind()
+def _gemm_operands(side: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(3, side, side).unbind()

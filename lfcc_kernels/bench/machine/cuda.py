@@ -1,4 +1,4 @@
-"""An NVIDIA GPU through torch.cuda. Nothing here changes a setting of the device."""
+"""An NVIDIA GPU through torch.cuda. No setting of the device is changed."""
 
 import functools
 import gc
@@ -10,29 +10,28 @@ from types import MappingProxyType
 
 import torch
 
-from lfcc_kernels.bench.machine.base import SIZE, Call, Machine, slug
+from lfcc_kernels.bench.machine.base import Call, Machine, slug
 from lfcc_kernels.bench.record import Request
 
-COPY_BYTES = 1 << 20 if SIZE == "tiny" else 1 << 30  # read, and as many written
-_SLEEP_CYCLES = 2e9  # of torch.cuda._sleep in a second, at the highest clock there is: never too short
+_SLEEP_CYCLES = 2e9  # cycles of torch.cuda._sleep per second, at the highest clock, so that it never ends too early
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 _PACKAGES = ("triton", "memeff", "inf-cl", "cut-cross-entropy", "liger-kernel", "open-clip-torch")
 
 
 class Cuda(Machine):
-    """The clock is that of the device: host and launches are hidden as in a training step that keeps it busy.
+    """Timed by the device's clock, which hides host and launches as a busy training step does.
 
-    Only where a timing takes several calls, to see what a call costs its caller, is it the host's.
+    Only timings of several calls, which measure call overhead, use the host's clock.
     """
 
     device = torch.device("cuda")
     run = "cuda"
-    seconds_a_case = 0.6
-    # Of float32: peers and convolutions that take TF32. Of two bytes: logits of 10 that are rounded before the exp.
+    seconds_per_case = 0.6
+    # float32: peers and convolutions use TF32. 16 bits: logits of 10 are rounded before the exp.
     tolerance = MappingProxyType({torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 5e-2})
     float64_limit = 4 << 30
     graph_below = 50e-6
-    weighs_all = True
+    memory_of_all = True
 
     def name(self) -> str:
         return slug(torch.cuda.get_device_name())
@@ -41,11 +40,12 @@ class Cuda(Machine):
         return torch.cuda.get_device_properties().L2_cache_size
 
     def copy_gbps(self) -> float:
-        source, target = _copy_operands()
-        return 2 * COPY_BYTES / min(self.seconds(lambda: target.copy_(source)) for _ in range(3)) / 1e9
+        source, target = _copy_operands(1 << 20 if self.tiny else 1 << 30)
+        return 2 * source.nbytes / min(self.seconds(lambda: target.copy_(source)) for _ in range(3)) / 1e9
 
     def gemm_gflops(self, dtype: torch.dtype) -> float:
-        a, b, c = _gemm_operands(dtype)
+        side = 256 if self.tiny else 8192 if dtype.itemsize == 2 else 4096
+        a, b, c = _gemm_operands(side, dtype)
         return 2 * len(a) ** 3 / min(self.seconds(lambda: torch.mm(a, b, out=c)) for _ in range(3)) / 1e9
 
     def clock_mhz(self) -> float | None:
@@ -63,14 +63,14 @@ class Cuda(Machine):
             gc.enable()
 
     def host_seconds(self, call: Callable[[], object]) -> float:
-        """With a margin; one that waits for the device needs no more than some."""
+        """With a margin, and at most 20 ms for a call that waits for the device."""
         torch.cuda.synchronize()
         return min(1.5 * _host_clock(call, 1), 0.02)
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # A capture that fails leaves torch's random numbers unusable, so what would fail is found out before.
+        # A failed capture leaves torch's random number generator unusable, so synchronising calls are rejected before.
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(stream):
@@ -80,7 +80,7 @@ class Cuda(Machine):
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        gc.disable()  # what it frees may be no part of a capture
+        gc.disable()  # freeing memory must not become part of a capture
         try:
             with torch.cuda.graph(graph, stream=stream):
                 for call in calls:
@@ -92,14 +92,14 @@ class Cuda(Machine):
         return graph.replay
 
     def peak_memory(self, request: Request, case: str, calls: Mapping[str, Call]) -> dict[str, int]:
-        """By torch's allocator, which every candidate takes its memory from."""
+        """From the statistics of torch's allocator, which every candidate uses."""
         gc.collect()
         peaks = {name: _peak(call) for name, call in calls.items()}
         return {name: peak for name, peak in peaks.items() if peak is not None}
 
     def environment(self) -> dict:
         properties = torch.cuda.get_device_properties()
-        self.gemm_gflops(torch.bfloat16)  # so that the clocks are not those of an idle device
+        self.gemm_gflops(torch.bfloat16)  # raises the clocks from those of an idle device
         return {
             "device": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
@@ -141,7 +141,7 @@ def _peak(call: Call) -> int | None:
     torch.cuda.reset_peak_memory_stats()
     try:
         results = call()
-    except torch.OutOfMemoryError:  # the times that were taken shall not be lost for it
+    except torch.OutOfMemoryError:  # keep the times
         return None
     torch.cuda.synchronize()
     returned = sum(x.numel() * x.element_size() for x in results)
@@ -149,19 +149,18 @@ def _peak(call: Call) -> int | None:
 
 
 @functools.cache
-def _copy_operands() -> tuple[torch.Tensor, ...]:
-    source = torch.randn(COPY_BYTES // 4, device="cuda")
+def _copy_operands(size: int) -> tuple[torch.Tensor, ...]:
+    source = torch.randn(size // 4, device="cuda")
     return source, torch.empty_like(source)
 
 
 @functools.cache
-def _gemm_operands(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    side = 256 if SIZE == "tiny" else 8192 if dtype.itemsize == 2 else 4096
+def _gemm_operands(side: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return torch.randn(3, side, side, device="cuda").to(dtype).unbind()
 
 
 def _nvidia_smi(fields: str, layout: str) -> str:
-    """What the driver says of the device in use; empty where it cannot be asked."""
+    """The driver's answer for the current device; empty if nvidia-smi fails."""
     device = torch.cuda.get_device_properties().uuid
     command = ["nvidia-smi", f"--id=GPU-{device}", f"--query-gpu={fields}", f"--format={layout}"]
     try:

@@ -1,10 +1,9 @@
-"""The others: small adapters, each the way its users write it, all with the results of our ops.
+"""Peers: small adapters around other implementations, as their users write them, with the results of lfcc's ops.
 
-They compute in the dtype of their inputs; where their users convert those first, the case says so (Converting). One
-that cannot run here raises ImportError or NotImplementedError with the reason.
+They compute in the dtype of their inputs; if users convert those first, the case does (`WithConversion`). A peer that
+cannot run raises ImportError or NotImplementedError with the reason.
 """
 
-from lfcc_kernels.bench.peers.common import raised
 from lfcc_kernels.bench.peers.contrast import (
     contrast_attention,
     contrast_dense,
@@ -12,6 +11,7 @@ from lfcc_kernels.bench.peers.contrast import (
     contrast_dense_symmetric,
     contrast_linear_cross_entropy,
     contrast_row_blocks,
+    upcast,
 )
 from lfcc_kernels.bench.peers.pooling import (
     as_map,
@@ -41,7 +41,7 @@ __all__ = [
     "pool_each_scale",
     "pool_one_gemm",
     "pool_one_gemm_channels_last",
-    "raised",
     "stacked_averages",
     "stacked_filters",
+    "upcast",
 ]

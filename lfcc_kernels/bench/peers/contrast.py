@@ -1,14 +1,22 @@
-"""The mean loss of `info_nce` between rows (B, D), by what torch has."""
+"""The mean loss of `info_nce` between rows (B, D), written with torch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfcc_kernels.bench.peers.common import labels
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in float32 if it has 16-bit elements on a CPU, because most processors multiply those slowly."""
+    return x.float() if x.element_size() == 2 and x.device.type == "cpu" else x
+
+
+def labels(rows: Tensor) -> Tensor:
+    """The class of each row, which is its own index."""
+    return torch.arange(len(rows), device=rows.device)
 
 
 def contrast_dense(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """normalize, matmul, cross_entropy: the B x K matrix is held."""
+    """normalize, matmul, cross_entropy; stores the B x K logits."""
     queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     return F.cross_entropy(queries @ keys.t() / temperature, labels(queries))
 
@@ -21,31 +29,31 @@ def contrast_dense_symmetric(student: Tensor, teacher: Tensor, temperature: floa
 
 
 def contrast_dense_nt_xent(view: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """SimCLR's loss of two views, each row against all other rows of both: the 2B x 2B matrix is held."""
+    """SimCLR's loss of two views, each row against all other rows of both; stores the 2B x 2B logits."""
     views = F.normalize(torch.cat((view, other)), dim=1)
     logits = (views @ views.t() / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, labels(views).roll(len(view)))
 
 
 def contrast_linear_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """torch's chunked cross entropy behind a linear layer (2.13 and newer), whose weight the teacher is."""
+    """torch's chunked cross entropy of a linear layer (torch 2.13 or newer), with the teacher as its weight."""
     if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy, 2.13 was the first")
+        raise ImportError(f"linear_cross_entropy needs torch 2.13 or newer, not {torch.__version__}")
     queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(queries / temperature, keys, labels(queries), options=options)
 
 
 def contrast_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """torch's flash attention over the teacher's rows: what it gives, less the positive, is the gradient of a student
-    whose teacher is frozen."""
+    """torch's flash attention over the teacher's rows. Its output minus the positive is the gradient of a student with
+    a frozen teacher."""
     if student.device.type == "cuda" and student.shape[1] > 256:
-        raise NotImplementedError(f"flash attention on a GPU takes up to 256 values a row, not {student.shape[1]}")
+        raise NotImplementedError(f"flash attention on a GPU supports up to 256 values per row, not {student.shape[1]}")
     return _Attention.apply(F.normalize(student, dim=1), F.normalize(teacher, dim=1), temperature)
 
 
 class _Attention(torch.autograd.Function):
-    """Loss and gradient in one pass: dq = (softmax(A) k - k_i) / (B tau), and the loss out of the log-sum-exp."""
+    """Loss and gradient in one pass: dq = (softmax(A) k - k_i) / (B tau), and the loss from the log-sum-exp."""
 
     @staticmethod
     def forward(ctx, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
@@ -63,7 +71,7 @@ class _Attention(torch.autograd.Function):
 
 
 def contrast_row_blocks(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """A plain Python loop over blocks of 256 rows with library GEMMs; the teacher is frozen."""
+    """A Python loop over blocks of 256 rows with library GEMMs, for a frozen teacher."""
     queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     return _RowBlocks.apply(queries, keys, temperature, torch.is_grad_enabled() and student.requires_grad)
 

@@ -1,4 +1,4 @@
-"""The pyramid of `lowpass`, (B, cells, C) in any strides, by what torch has."""
+"""The pyramid of `lowpass`, (B, cells, C) with any strides, written with torch."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,28 +8,28 @@ from torch import Tensor
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
-    """Tokens (B, N, C) seen as a map (B, C, H, W)."""
+    """Tokens (B, N, C) viewed as a map (B, C, H, W)."""
     return tokens[:, prefix_tokens:].transpose(1, 2).unflatten(2, grid)
 
 
 def pool_each_scale(x: Tensor, scales: Sequence[int]) -> Tensor:
-    """adaptive_avg_pool2d once a scale."""
+    """adaptive_avg_pool2d, once per scale."""
     return _pyramid([F.adaptive_avg_pool2d(x, s) for s in scales])
 
 
 def filter_each_scale(x: Tensor, row_filters: Tensor, col_filters: Tensor, scales: Sequence[int]) -> Tensor:
-    """R_s F K_s^T once a scale."""
+    """R_s F K_s^T, once per scale."""
     filters = zip(row_filters.to(x.dtype).split(scales), col_filters.to(x.dtype).split(scales), strict=True)
     return _pyramid([rows @ x @ cols.t() for rows, cols in filters])
 
 
 def pool_cascade(x: Tensor, scales: Sequence[int]) -> Tensor:
-    """avg_pool2d again and again: the finest scale out of the map, every other one out of the next finer."""
+    """Repeated avg_pool2d: the finest scale from the map, each other scale from the next finer one."""
     grids = {}
     for scale in sorted(scales, reverse=True):
         if any(side % scale for side in x.shape[2:]):
             raise NotImplementedError(
-                f"avg_pool2d has windows of one size, and {_sides(x)} is no multiple of {scale} x {scale}"
+                f"avg_pool2d needs windows of equal size, but {_sides(x)} is not a multiple of {scale} x {scale}"
             )
         x = F.avg_pool2d(x, (x.shape[2] // scale, x.shape[3] // scale))
         grids[scale] = x
@@ -37,11 +37,13 @@ def pool_cascade(x: Tensor, scales: Sequence[int]) -> Tensor:
 
 
 def pool_by_halving(x: Tensor, scales: Sequence[int], halve: Callable[[Tensor], Tensor]) -> Tensor:
-    """A blur pool that halves the sides, again and again, and of what comes by the maps that are asked for."""
+    """Repeated blur pooling, which halves the sides, and from its results the requested maps."""
     height, width = x.shape[2:]
     for scale in scales:
         if height != width or height % scale or (height // scale).bit_count() != 1:
-            raise NotImplementedError(f"it halves both sides, and {_sides(x)} does not halve down to {scale} x {scale}")
+            raise NotImplementedError(
+                f"blur pooling halves both sides, but {_sides(x)} does not halve down to {scale} x {scale}"
+            )
     maps = [x]
     while maps[-1].shape[2] > min(scales):
         maps.append(halve(maps[-1]))
@@ -68,7 +70,7 @@ def pool_one_gemm(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def pool_one_gemm_channels_last(x: Tensor, matrix: Tensor) -> Tensor:
-    """The same for a map whose channels are innermost, with no copy of it."""
+    """The same for a channels-last map, without a copy."""
     return matrix.to(x.dtype) @ x.permute(0, 2, 3, 1).flatten(1, 2)
 
 

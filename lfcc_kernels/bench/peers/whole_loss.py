@@ -1,4 +1,4 @@
-"""The LFCC loss over all stages and scales, as users of torch write it."""
+"""The LFCC loss over all stages and scales, written with torch."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfcc_kernels.bench.peers.common import raised
-from lfcc_kernels.bench.peers.contrast import contrast_dense
+from lfcc_kernels.bench.peers.contrast import contrast_dense, upcast
 
 
 def lfcc_pool_each_scale(
@@ -17,7 +16,7 @@ def lfcc_pool_each_scale(
     scales: Sequence[int],
     temperature: float,
 ) -> Tensor:
-    """The whole loss: pool once a scale, project the few cells with a 1 x 1 convolution, contrast densely."""
+    """The whole loss: pool once per scale, project the few cells with a 1 x 1 convolution, contrast densely."""
     students = [
         [_project(F.adaptive_avg_pool2d(student, scale), weight) for scale in scales]
         for student, weight in zip(student_maps, projections, strict=True)
@@ -32,7 +31,7 @@ def lfcc_project_maps(
     scales: Sequence[int],
     temperature: float,
 ) -> Tensor:
-    """The whole loss as distillation code is mostly written: a 1 x 1 convolution aligns the map, then it is pooled."""
+    """The whole loss as most distillation code writes it: align the map with a 1 x 1 convolution, then pool."""
     aligned = [_project(student, weight) for student, weight in zip(student_maps, projections, strict=True)]
     students = [[F.adaptive_avg_pool2d(student, scale) for scale in scales] for student in aligned]
     return _contrast_each_scale(students, teacher_maps, scales, temperature)
@@ -46,7 +45,7 @@ def lfcc_filter_each_scale(
     scales: Sequence[int],
     temperature: float,
 ) -> Tensor:
-    """The whole loss with trainable student filters, (row_filters, col_filters) a stage."""
+    """The whole loss with trainable student filters, (row_filters, col_filters) per stage."""
     students = [
         [
             _project(row.to(student.dtype) @ student @ col.t().to(student.dtype), weight)
@@ -58,16 +57,16 @@ def lfcc_filter_each_scale(
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """A map (B, C_s, H, W) through a linear map (C_t, C_s) of its channels, as a 1 x 1 convolution."""
+    """A 1 x 1 convolution of a map (B, C_s, H, W) with a weight (C_t, C_s)."""
     return F.conv2d(x, weight[:, :, None, None].to(x.dtype))
 
 
 def _contrast_each_scale(
     students: Sequence[Sequence[Tensor]], teacher_maps: Sequence[Tensor], scales: Sequence[int], temperature: float
 ) -> Tensor:
-    """The mean loss of the students' grids, one a stage and scale, against the pooled maps of the teacher."""
+    """The mean loss of the students' grids, one per stage and scale, against the pooled maps of the teacher."""
     losses = [
-        contrast_dense(raised(grid.flatten(1)), raised(F.adaptive_avg_pool2d(teacher, scale).flatten(1)), temperature)
+        contrast_dense(upcast(grid.flatten(1)), upcast(F.adaptive_avg_pool2d(teacher, scale).flatten(1)), temperature)
         for grids, teacher in zip(students, teacher_maps, strict=True)
         for grid, scale in zip(grids, scales, strict=True)
     ]

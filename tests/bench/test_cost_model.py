@@ -1,4 +1,4 @@
-"""The projection's formulas against tensors: what is alive, what travels between gloo processes, what is computed."""
+"""The formulas of the cost model against tensors: memory in use, bytes sent between gloo processes, FLOPs."""
 
 import contextlib
 import itertools
@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import projection
-from lfcc_kernels.bench.cases.ofa import MODELS
-from lfcc_kernels.bench.projection import Run
+from lfcc_kernels.bench import cost_model
+from lfcc_kernels.bench.cost_model import Run, cost_per_image, cost_per_run
+from lfcc_kernels.bench.ofa import MODELS
 from lfcc_kernels.functional import info_nce_foreach
 
 timm = pytest.importorskip("timm")
@@ -151,7 +151,7 @@ def measure(run: Run, gather: str | dist.ProcessGroup) -> dict[str, Any]:
         "message": alive.message,
         "backward": alive.peak,
         "flops": alive.flops,
-        "dense": (run.own, run.batch) in alive.shapes,
+        "dense": (run.local_batch, run.batch) in alive.shapes,
     }
 
 
@@ -215,14 +215,14 @@ def test_what_travels(run: Run, found: dict) -> None:
 
 
 def test_what_is_alive_by_what_made_it(run: Run, found: dict) -> None:
-    made, own = found["by_op"], run.own * run.width
+    made, own = found["by_op"], run.local_batch * run.width
     cells = run.student_cells if run.accum_steps == 1 else 0
     assert made["lfcc::lowpass"] == run.teacher_bytes * own + cells
     assert made["aten::mm"] == run.student_pyramids
-    assert made["aten::_to_copy"] == run.teacher_pyramids - run.teacher_bytes * own + run.raised_keys
+    assert made["aten::_to_copy"] == run.teacher_pyramids - run.teacher_bytes * own + run.upcast_keys
     assert made["lfcc::gather_rows"] == run.gathered
     assert made["lfcc::info_nce_one_pass"] == pytest.approx(run.row_gradients, rel=0.01)  # and numbers of rows
-    assert made["aten::cat"] == run.joined
+    assert made["aten::cat"] == run.concatenated
 
 
 def test_what_is_alive_when_all_pairs_have_their_loss(run: Run, found: dict) -> None:
@@ -251,12 +251,12 @@ def test_ddp_sums_the_gradients_of_all_parameters(ranks: list[dict]) -> None:
 
 def test_a_contrast_by_plain_products_keeps_the_logits() -> None:
     run, saved = Run((), (8,), rows=6, ranks=3), []
-    pairs = [(torch.randn(run.own, w, requires_grad=True), torch.randn(run.batch, w)) for w in run.widths]
+    pairs = [(torch.randn(run.local_batch, w, requires_grad=True), torch.randn(run.batch, w)) for w in run.widths]
     with lk.use_backend("eager"), FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             loss = info_nce_foreach(*zip(*pairs, strict=True)).mean()
         loss.backward()
-    logits = {x.data_ptr(): x.nbytes for x in saved if x.shape == (run.own, run.batch)}
+    logits = {x.data_ptr(): x.nbytes for x in saved if x.shape == (run.local_batch, run.batch)}
     assert sum(logits.values()) >= run.logits
     assert counter.get_total_flops() == run.flops
 
@@ -268,7 +268,7 @@ def test_what_triton_takes_beside() -> None:
     from lfcc_kernels.backends.triton.tiles import table
 
     run = Run((), (64, 128), rows=32, ranks=16)
-    rows = [[torch.randn(number, w) for w in run.widths] for number in (run.own, run.batch)]
+    rows = [[torch.randn(number, w) for w in run.widths] for number in (run.local_batch, run.batch)]
     chunk = table(chip(rows[0][0].device).capability)["chunk_bytes"]
     temperature = torch.tensor(0.1)
     with Alive([*itertools.chain(*rows), temperature]) as alive:
@@ -276,15 +276,18 @@ def test_what_triton_takes_beside() -> None:
     assert 0.85 * run.workspace(chunk) <= alive.peak - run.row_gradients <= run.workspace(chunk)
 
 
-@pytest.mark.parametrize(("student", "teacher", "_", "parameters"), projection.PAIRS)
+@pytest.mark.parametrize(("student", "teacher", "_", "parameters"), cost_model.PAIRS)
 def test_students_have_as_many_parameters(student: str, teacher: str, _: int, parameters: int) -> None:
     assert sum(p.numel() for p in timm.create_model(MODELS[student].timm).parameters()) == parameters
 
 
 def test_the_page_has_the_tables_and_its_snippet_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     page = PAGE.read_text()
-    for table in (projection.images(), projection.runs(), projection.runs((65536,), scales=(1, 2, 4, 7))):
-        assert table in page
+    tables = [cost_per_image(), cost_per_run(), cost_per_run((65536,), scales=(1, 2, 4, 7))]
+    known = {line for table in tables for line in table.splitlines()}
+    shown = [line for line in page.splitlines() if re.match(r"\| (student from teacher|\w+ from \w+) \|", line)]
+    assert shown and set(shown) <= known
+    assert all(table.splitlines()[0] in shown for table in tables)
     snippet, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", page, re.DOTALL).groups()
     exec(snippet, {})
     assert capsys.readouterr().out == printed
