@@ -1,10 +1,11 @@
-"""The four banks: what their matrices are, and that `LowPassPyramid` learns through them."""
+"""The four banks of filters: their matrices, and that `LowPassPyramid` learns through them."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import grid
 from oracles import assert_close_to_truth, gradients, loop_lowpass, rounding, torch_lowpass, window_means
 from torch import Tensor, nn, randn
 
@@ -22,21 +23,35 @@ def filters_of(pyramid: lk.LowPassPyramid, height: int, width: int) -> tuple[Ten
 
 
 def shaken(pyramid: lk.LowPassPyramid) -> lk.LowPassPyramid:
-    """With parameters as after some training."""
+    """With parameters like those after some training."""
     for parameter in pyramid.parameters():
         nn.init.normal_(parameter, std=0.5)
     return pyramid
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+# A bank is a pair of matrices, and kernels take them as given filters, which tests/test_lowpass.py covers. What is left
+# is the way from a bank's parameters to the matrices, in torch, and one pass through each backend.
+@grid(
+    bank=BANKS,
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    layout={"contiguous": torch.contiguous_format, "channels_last": torch.channels_last},
+)
+def test_pyramid_and_its_gradients(
+    compiled_kernels: str, bank: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    check_pyramid(bank, dtype, layout)
+
+
 @pytest.mark.parametrize("bank", BANKS)
-def test_pyramid_and_its_gradients(backend: str, bank: str, channels_last: bool, dtype: torch.dtype) -> None:
+def test_pyramid_on_every_backend(backend: str, bank: str) -> None:
+    check_pyramid(bank, torch.float32, torch.contiguous_format)
+
+
+def check_pyramid(bank: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     pyramid = shaken(lk.LowPassPyramid(SCALES, bank))
     exact_pyramid = lk.LowPassPyramid(SCALES, bank).double()
     exact_pyramid.load_state_dict(pyramid.state_dict())
-    x = randn(2, 17, 14, 9).to(dtype)
-    x = (x.to(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+    x = randn(2, 17, 14, 9).to(dtype).to(memory_format=layout).requires_grad_()
     exact_x = x.detach().double().requires_grad_()
 
     def as_filters(of: lk.LowPassPyramid, dtype: torch.dtype) -> list[Tensor]:
@@ -46,7 +61,7 @@ def test_pyramid_and_its_gradients(backend: str, bank: str, channels_last: bool,
     y = pyramid(x)
     reference = torch_lowpass(x, SCALES, *as_filters(pyramid, accumulator))
     truth = loop_lowpass(exact_x, SCALES, *as_filters(exact_pyramid, torch.float64))
-    # The matrices themselves are float32 where the parameters are.
+    # The matrices themselves are float32 if the parameters are.
     floor = 2 * rounding(dtype, truth) + 8 * rounding(torch.float32, truth)
     assert_close_to_truth(y, reference, truth, factor=2, floor=floor)
 
@@ -59,7 +74,7 @@ def test_pyramid_and_its_gradients(backend: str, bank: str, channels_last: bool,
 
 
 @pytest.mark.parametrize("bank", BANKS)
-def test_pyramid_of_tokens_is_that_of_the_map(backend: str, bank: str) -> None:
+def test_pyramid_of_tokens_is_that_of_the_map(compiled_kernels: str, bank: str) -> None:
     pyramid = shaken(lk.LowPassPyramid(SCALES, bank))
     x = randn(2, 17, 5, 9)
     tokens = torch.cat([randn(2, 2, 17), x.flatten(2).transpose(1, 2)], 1)
@@ -67,7 +82,7 @@ def test_pyramid_of_tokens_is_that_of_the_map(backend: str, bank: str) -> None:
 
 
 @pytest.mark.parametrize("bank", BANKS)
-def test_one_pyramid_serves_every_resolution(backend: str, bank: str) -> None:
+def test_one_pyramid_takes_every_resolution(compiled_kernels: str, bank: str) -> None:
     pyramid = shaken(lk.LowPassPyramid(SCALES, bank))
     names = [name for name, _ in pyramid.named_parameters()]
     for size in ((7, 7), (14, 14), (5, 9), (4, 4), (60, 33)):
@@ -128,7 +143,7 @@ def test_dct_is_scipys(backend: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("bank", BANKS)
-def test_autocast_leaves_the_filters_alone(backend: str, bank: str) -> None:
+def test_autocast_leaves_the_filters_alone(compiled_kernels: str, bank: str) -> None:
     pyramid, x = shaken(lk.LowPassPyramid(SCALES, bank)), randn(2, 3, 14, 14)
     with torch.autocast("cpu", torch.bfloat16):
         y = pyramid(x)

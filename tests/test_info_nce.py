@@ -1,16 +1,16 @@
-"""`info_nce` and its gradients against loops in float64, for every direction and what may trip a kernel."""
+"""`info_nce` and its gradients on the kernels, over the sizes, options and dtypes that take different paths in them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from grids import grid
 from oracles import (
     accumulator,
     assert_close_to_truth,
     gradients,
     in_float64,
-    loop_info_nce,
     rounding,
     torch_info_nce,
 )
@@ -31,28 +31,34 @@ SIZES = {
     "a power of two": (64, 64, 0, 128),
     "one over it": (65, 65, 0, 128),
     "prime": (127, 127, 0, 130),
-    "wide, odd": (130, 130, 0, 515),
-    "one over a block of rows": (257, 257, 0, 32),
+    "several chunks, wide and odd": (130, 300, 150, 515),
+    "one over a block of rows": (129, 129, 0, 32),
     "one over a tile of keys": (9, 1025, 1016, 5),
-    "more keys than a block of threads keeps": (5, 8199, 8190, 3),
-    "several tiles of keys, wide rows": (20, 300, 250, 4099),
+    "several tiles of keys, several parts of a row": (20, 300, 250, 2051),
     "keys of three ranks, the middle one's": (64, 192, 64, 32),
     "positives at the end of the keys": (65, 300, 235, 33),
     "a queue longer than a tile": (7, 1100, 600, 32),
 }
+# More pairs than the CPU kernels take at once and more keys than a block of the CUDA kernels keeps; more blocks of keys
+# than there are shares of the work. In Triton's interpreter these take many steps, all alike.
+LARGE = {"many pairs": (33, 8199, 8160, 3), "many blocks": (2, 16500, 16498, 3)}
+
+# What learns: student, teacher, temperature. One kernel makes loss and gradient if the student or the temperature
+# learns, unless the loss is symmetric; the teacher's gradient takes another one.
+LEARNS = {"all learn": "stT", "frozen teacher": "sT", "frozen student": "t", "nothing learns": ""}
 
 
 def check(student: Tensor, teacher: Tensor, **options: Any) -> None:
-    """Compare the loss and the gradient of all that learns with the truth."""
+    """Compares the loss and the gradients of all that learns with the truth."""
     temperature = options.pop("temperature", 0.1)
     temperature = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature).double()
     inputs = [student, teacher, temperature]
     exact_inputs = in_float64(*inputs)
     loss = lk.info_nce(student, teacher, temperature=temperature, **options)
     reference = torch_info_nce(student, teacher, temperature=temperature, **options)
-    truth = loop_info_nce(*exact_inputs[:2], temperature=exact_inputs[2], **options)
+    truth = torch_info_nce(*exact_inputs[:2], temperature=exact_inputs[2], **options)
 
-    # A logit is at most this large, so nothing is known better than its rounding.
+    # No logit is larger than this, and nothing is known more precisely than its rounding.
     lengths = [side.detach().double().norm(dim=1) for side in (student, teacher)]
     key_length = 1.0 if options.get("normalize", True) else max(length.max().item() for length in lengths)
     logit = max(1.0, key_length / temperature.item() * (1 if options.get("normalize", True) else key_length))
@@ -75,41 +81,85 @@ def check(student: Tensor, teacher: Tensor, **options: Any) -> None:
         assert_close_to_truth(result, torch_gradient, exact, factor=3, floor=floor)
 
 
-def pair(batch: int = 65, keys: int = 65, width: int = 33, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Student and teacher rows that resemble each other a little, both learning."""
+def pair(
+    batch: int = 65, keys: int = 65, width: int = 33, dtype: torch.dtype = torch.float32, learns: str = "st"
+) -> list[Tensor]:
+    """Student and teacher rows that resemble each other a little."""
     common = randn(max(batch, keys), width)
-    return [(common[:rows] + 2 * randn(rows, width)).to(dtype).requires_grad_() for rows in (batch, keys)]
+    sides = [(common[:rows] + 2 * randn(rows, width)).to(dtype) for rows in (batch, keys)]
+    return [side.requires_grad_(name in learns) for side, name in zip(sides, "st", strict=True)]
+
+
+# Paths branch on the size: blocks of 64 to 256 rows and tiles of 1024 keys in the CPU kernels; fused tiles for at least
+# 64 rows of at most 64 or 128 values, otherwise chunks, in the CUDA and Triton kernels. They branch on the bytes of an
+# element (float64 is never fused), on the direction and on what learns. The other options change the numbers in a tile
+# and not its form, so each size meets them once; ids and layouts have grids of their own.
+@grid(
+    size=SIZES,
+    dtype=DTYPES,
+    direction=DIRECTIONS,
+    learns=LEARNS,
+    normalize=[True, False],
+    reduction=["mean", "none"],
+    named=[
+        ("one over it", torch.float16, "symmetric", "all learn", True, "none"),
+        ("several chunks, wide and odd", torch.float16, "symmetric", "all learn", True, "mean"),
+        ("positives at the end of the keys", torch.bfloat16, "symmetric", "all learn", True, "mean"),
+        ("positives at the end of the keys", torch.float32, "student_to_teacher", "frozen teacher", True, "mean"),
+        ("keys of three ranks, the middle one's", torch.float32, "symmetric", "frozen teacher", True, "mean"),
+        ("keys of three ranks, the middle one's", torch.bfloat16, "student_to_teacher", "frozen teacher", True, "mean"),
+    ],
+)
+def test_sizes(
+    kernels: str,
+    size: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    direction: str,
+    learns: str,
+    normalize: bool,
+    reduction: str,
+) -> None:
+    batch, keys, offset, width = size
+    temperature = torch.tensor(0.1 if normalize else width / 16, dtype=accumulator(dtype), requires_grad="T" in learns)
+    check(
+        *pair(batch, keys, width, dtype, learns), temperature=temperature, direction=direction,
+        positive_offset=offset, normalize=normalize, reduction=reduction,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"], indirect=True)
+@grid(size=LARGE, dtype=[torch.float64, torch.float32, torch.bfloat16], direction=DIRECTIONS, learns=LEARNS)
+def test_large_sizes(
+    kernels: str, size: tuple[int, int, int, int], dtype: torch.dtype, direction: str, learns: str
+) -> None:
+    batch, keys, offset, width = size
+    temperature = torch.tensor(0.1, dtype=accumulator(dtype), requires_grad="T" in learns)
+    sides = pair(batch, keys, width, dtype, learns)
+    check(*sides, temperature=temperature, direction=direction, positive_offset=offset)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
-def test_sizes(backend: str, size: str, dtype: torch.dtype, direction: str) -> None:
-    batch, keys, offset, width = SIZES[size]
-    temperature = torch.tensor(0.1, dtype=accumulator(dtype), requires_grad=True)
-    check(*pair(batch, keys, width, dtype), temperature=temperature, direction=direction, positive_offset=offset)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("keys", [65, 130])
 @pytest.mark.parametrize("learns", ["s", "t", "T", "st", "sT", "tT", "stT", ""])
-def test_gradients_for_every_subset(backend: str, learns: str, keys: int, direction: str) -> None:
-    student, teacher = (x.detach().requires_grad_(name in learns) for x, name in zip(pair(65, keys), "st", strict=True))
+def test_gradients_for_every_subset(kernels: str, learns: str, direction: str) -> None:
+    """Of rows in fused tiles; which gradients an op returns is the same for chunks."""
     temperature = torch.tensor(0.1, requires_grad="T" in learns)
-    check(student, teacher, temperature=temperature, direction=direction, positive_offset=keys - 65)
+    check(*pair(65, 70, learns=learns), temperature=temperature, direction=direction, positive_offset=5)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("temperature", [0.005, 0.1, 1.0, 10.0])
-def test_temperatures(backend: str, temperature: float, dtype: torch.dtype, reduction: str, direction: str) -> None:
-    """Constant, and learning in the rows' type and in the other one."""
-    student, teacher = pair(dtype=dtype)
-    check(student, teacher, temperature=temperature, direction=direction, reduction=reduction)
-    for own in (torch.float32, torch.float64):
-        learning = torch.tensor(temperature, dtype=own, requires_grad=True)
-        check(student, teacher, temperature=learning, direction=direction, reduction=reduction)
+# A temperature multiplies logits and divides gradients on every path alike; what is its own is the dtype in which it
+# comes, and the range of exp at either end.
+@grid(
+    temperature=[0.005, 0.1, 1.0, 10.0],
+    own=["constant", torch.float32, torch.float64],
+    dtype=[torch.float32, torch.float64],
+    reduction=["mean", "none"],
+    direction=DIRECTIONS,
+)
+def test_temperatures(
+    kernels: str, temperature: float, own: torch.dtype | str, dtype: torch.dtype, reduction: str, direction: str
+) -> None:
+    value = temperature if own == "constant" else torch.tensor(temperature, dtype=own, requires_grad=True)
+    check(*pair(dtype=dtype), temperature=value, direction=direction, reduction=reduction)
 
 
 IDS: dict[str, Callable[[int], Tensor]] = {
@@ -122,27 +172,49 @@ IDS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("keys", [70, 600])
-@pytest.mark.parametrize("kind", IDS)
-def test_ids(backend: str, kind: str, keys: int, dtype: torch.dtype, direction: str) -> None:
-    offset = keys - 66
-    teacher_ids = IDS[kind](keys)
+# Ids are compared wherever logits are made: in fused tiles (width 33) and chunks (width 133 or float64), for rows and
+# for columns. The kind decides how many are left out, up to all but the positive.
+@grid(
+    kind=IDS,
+    keys=[70, 600],
+    width=[33, 133],
+    dtype=[torch.float64, torch.float32, torch.bfloat16],
+    direction=DIRECTIONS,
+    learns=LEARNS,
+    named=[
+        ("five classes", 70, 33, torch.bfloat16, "symmetric", "all learn"),
+        ("five classes", 600, 133, torch.float32, "symmetric", "all learn"),
+        ("all equal", 600, 33, torch.float32, "symmetric", "all learn"),
+        ("repeats side by side", 600, 33, torch.float32, "student_to_teacher", "frozen teacher"),
+        ("large and negative", 70, 33, torch.float32, "symmetric", "all learn"),
+        ("large and negative", 70, 133, torch.float64, "symmetric", "all learn"),
+    ],
+)
+def test_ids(
+    kernels: str,
+    kind: Callable[[int], Tensor],
+    keys: int,
+    width: int,
+    dtype: torch.dtype,
+    direction: str,
+    learns: str,
+) -> None:
+    offset, teacher_ids = keys - 66, kind(keys)
     check(
-        *pair(65, keys, dtype=dtype), temperature=torch.tensor(0.1, requires_grad=True), direction=direction,
-        student_ids=teacher_ids[offset : offset + 65], teacher_ids=teacher_ids, positive_offset=offset,
+        *pair(65, keys, width, dtype, learns), temperature=torch.tensor(0.1, requires_grad="T" in learns),
+        direction=direction, student_ids=teacher_ids[offset : offset + 65], teacher_ids=teacher_ids,
+        positive_offset=offset,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_ids_that_differ_between_the_sides(backend: str, direction: str) -> None:
-    """A positive counts whatever its ids say; only other pairs are left out."""
+def test_ids_that_differ_between_the_sides(kernels: str, direction: str) -> None:
+    """A positive counts whatever its ids are; only other pairs are left out."""
     student_ids, teacher_ids = torch.randint(4, (65,)), torch.randint(4, (65,))
     check(*pair(), direction=direction, student_ids=student_ids, teacher_ids=teacher_ids)
 
 
-def test_ids_of_any_integer_type_and_stride(backend: str) -> None:
+def test_ids_of_any_integer_type_and_stride(kernels: str) -> None:
     student, teacher = pair()
     ids = torch.randint(9, (65,))
     expected = lk.info_nce(student, teacher, student_ids=ids, teacher_ids=ids)
@@ -163,37 +235,28 @@ ROW_LAYOUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("layout", ROW_LAYOUTS)
-def test_layouts(backend: str, layout: str, direction: str) -> None:
-    make, dense = ROW_LAYOUTS[layout], randn(65, 33, requires_grad=True)
-    for sides in ((make().requires_grad_(), dense), (dense, make().requires_grad_())):
-        before = [side.detach().clone() for side in sides]
-        check(*sides, direction=direction)
-        assert all(torch.equal(*both) for both in zip(sides, before, strict=True))
+@grid(layout=ROW_LAYOUTS, side=["student", "teacher"], direction=DIRECTIONS)
+def test_layouts(kernels: str, layout: Callable[[], Tensor], side: str, direction: str) -> None:
+    """Rows are read in place or copied before the direction matters."""
+    sides = [layout().requires_grad_(), randn(65, 33, requires_grad=True)]
+    sides = sides if side == "student" else sides[::-1]
+    before = [side.detach().clone() for side in sides]
+    check(*sides, direction=direction)
+    assert all(torch.equal(*both) for both in zip(sides, before, strict=True))
 
 
-def test_rows_further_apart_than_32_bits_count(backend: str) -> None:
+def test_rows_further_apart_than_32_bits_count(kernels: str) -> None:
     rows, apart = randn(3, 20).bfloat16(), 2**30 + 8
     memory = torch.empty(2 * apart + 20, dtype=torch.bfloat16)
     student = memory.as_strided((3, 20), (apart, 1)).copy_(rows)
     torch.testing.assert_close(lk.info_nce(student, rows.flip(1)), lk.info_nce(rows, rows.flip(1)))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_as_they_are(backend: str, dtype: torch.dtype, direction: str) -> None:
-    temperature = torch.tensor(2.0, requires_grad=True)
-    check(*pair(65, 130, dtype=dtype), temperature=temperature, direction=direction, normalize=False)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reduction_none_gives_each_row(backend: str, dtype: torch.dtype, direction: str) -> None:
+def test_reduction_none_gives_each_row(backend: str, dtype: torch.dtype) -> None:
     student, teacher = pair(65, 130, dtype=dtype)
-    check(student, teacher, direction=direction, reduction="none")
-    rows = lk.info_nce(student, teacher, direction=direction, reduction="none")
-    mean = lk.info_nce(student, teacher, direction=direction)
+    rows = lk.info_nce(student, teacher, reduction="none")
+    mean = lk.info_nce(student, teacher)
     assert rows.shape == (65,) and mean.shape == () and rows.dtype == mean.dtype == accumulator(dtype)
     torch.testing.assert_close(rows.mean(), mean)
 
@@ -205,22 +268,3 @@ def test_student_to_teacher_is_teacher_to_student_with_roles_changed(backend: st
     both = lk.info_nce(student, teacher, direction="symmetric")
     torch.testing.assert_close(one, other)
     torch.testing.assert_close(both, (one + lk.info_nce(student, teacher, direction="teacher_to_student")) / 2)
-
-
-UPSTREAMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "dense": torch.ones_like,
-    "expanded": lambda losses: losses.new_ones(()).expand_as(losses),
-    "strided": lambda losses: randn(2 * len(losses))[::2],
-}
-
-
-@pytest.mark.parametrize("make_upstream", UPSTREAMS.values(), ids=UPSTREAMS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_upstream_gradients_of_any_stride(backend: str, direction: str, make_upstream: Callable) -> None:
-    inputs = pair()
-    losses = lk.info_nce(*inputs, direction=direction, reduction="none")
-    upstream = make_upstream(losses)
-    results = torch.autograd.grad(losses, inputs, upstream, retain_graph=True)
-    expected = torch.autograd.grad(losses, inputs, upstream.clone(memory_format=torch.contiguous_format))
-    for result, same in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, same)

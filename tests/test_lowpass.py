@@ -1,12 +1,12 @@
-"""`lowpass` and its gradients against loops in float64, on the shapes, layouts and types that may trip it."""
+"""`lowpass` and its gradients on the kernels, over the shapes, layouts and dtypes that take different paths in them."""
 
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from oracles import assert_close_to_truth, gradients, in_float64, loop_lowpass, rounding, torch_lowpass
+from grids import grid
+from oracles import assert_close_to_truth, gradients, in_float64, rounding, torch_lowpass
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
@@ -15,22 +15,32 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 SHAPES = {
     "first stage at 224 pixels": ((2, 16, 56, 56), (1, 2, 4)),
-    "second stage, a channel more than a block": ((2, 33, 28, 28), (1, 2, 4)),
+    "second stage, 33 channels": ((2, 33, 28, 28), (1, 2, 4)),
     "third stage, 14 to 4 overlaps, odd channels": ((3, 17, 14, 14), (1, 2, 4)),
     "last stage, 7 to 2 and to 4 overlap": ((2, 64, 7, 7), (1, 2, 4)),
     "a map of one pixel": ((3, 3, 1, 1), (1,)),
-    "tiny, and no square": ((2, 16, 5, 3), (1, 2, 3)),
+    "tiny, not square": ((2, 16, 5, 3), (1, 2, 3)),
     "prime sides, one image": ((1, 3, 13, 17), (1, 2, 4)),
     "half a square": ((2, 16, 7, 14), (1, 2, 4)),
-    "large map, few channels": ((1, 3, 112, 112), (1, 2, 4)),
+    "wide map, few channels": ((1, 3, 20, 112), (1, 2, 4)),
     "one channel, one image, windows of one pixel": ((1, 1, 4, 4), (4,)),
     "one column": ((2, 5, 9, 1), (1,)),
+    "one row": ((2, 5, 1, 9), (1,)),
     "one scale, every row a window": ((2, 16, 7, 7), (7,)),
     "the global mean alone": ((2, 17, 14, 14), (1,)),
     "odd scales": ((2, 3, 14, 11), (3, 5)),
     "scales in falling order": ((2, 16, 14, 14), (4, 2, 1)),
     "a scale twice": ((2, 3, 7, 7), (1, 1)),
     "many scales": ((1, 17, 14, 14), (1, 2, 3, 4, 5, 6, 7)),
+    "one channel more than the largest block": ((1, 513, 3, 4), (1, 2)),
+}
+
+# The average and given filters, each in the two layouts that kernels read in place.
+FORMS = {
+    "average-contiguous": ("average", torch.contiguous_format),
+    "average-channels_last": ("average", torch.channels_last),
+    "dense-contiguous": ("dense", torch.contiguous_format),
+    "dense-channels_last": ("dense", torch.channels_last),
 }
 
 LAYOUTS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
@@ -53,19 +63,19 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
     "expanded over rows": lambda randn: randn(2, 17, 1, 14).expand(-1, -1, 14, -1),
 }
 
-TOKENS = {
-    "no prefix, square": (lambda: randn(2, 49, 17), (7, 7), 0),
-    "class token": (lambda: randn(2, 197, 16), (14, 14), 1),
-    "class and register tokens": (lambda: randn(3, 54, 33), (7, 7), 5),
-    "wide grid": (lambda: randn(2, 1 + 5 * 9, 16), (5, 9), 1),
-    "one row of tokens": (lambda: randn(2, 12, 3), (1, 12), 0),
-    "one token": (lambda: randn(2, 2, 3), (1, 1), 1),
-    "transposed (B, C, N)": (lambda: randn(2, 17, 50).transpose(1, 2), (7, 7), 1),
-    "transposed (N, B, C)": (lambda: randn(50, 2, 17).transpose(0, 1), (7, 7), 1),
-    "a slice of the channels": (lambda: randn(2, 50, 40)[..., 7:24], (7, 7), 1),
-    "every second channel": (lambda: randn(2, 50, 34)[..., ::2], (7, 7), 1),
-    "every second token": (lambda: randn(2, 100, 17)[:, ::2], (7, 7), 1),
-    "expanded over the batch": (lambda: randn(1, 50, 17).expand(2, -1, -1), (7, 7), 1),
+TOKENS: dict[str, tuple[Callable[[Callable[..., Tensor]], Tensor], tuple[int, int], int]] = {
+    "no prefix, square": (lambda randn: randn(2, 49, 17), (7, 7), 0),
+    "class token": (lambda randn: randn(2, 197, 16), (14, 14), 1),
+    "class and register tokens": (lambda randn: randn(3, 54, 33), (7, 7), 5),
+    "wide grid": (lambda randn: randn(2, 1 + 5 * 9, 16), (5, 9), 1),
+    "one row of tokens": (lambda randn: randn(2, 12, 3), (1, 12), 0),
+    "one token": (lambda randn: randn(2, 2, 3), (1, 1), 1),
+    "transposed (B, C, N)": (lambda randn: randn(2, 17, 50).transpose(1, 2), (7, 7), 1),
+    "transposed (N, B, C)": (lambda randn: randn(50, 2, 17).transpose(0, 1), (7, 7), 1),
+    "a slice of the channels": (lambda randn: randn(2, 50, 40)[..., 7:24], (7, 7), 1),
+    "every second channel": (lambda randn: randn(2, 50, 34)[..., ::2], (7, 7), 1),
+    "every second token": (lambda randn: randn(2, 100, 17)[:, ::2], (7, 7), 1),
+    "expanded over the batch": (lambda randn: randn(1, 50, 17).expand(2, -1, -1), (7, 7), 1),
 }
 
 
@@ -74,9 +84,14 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def dense_filters(scales: tuple[int, ...], height: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Random matrices: no symmetry, no zero, both signs."""
+    """Random matrices: no symmetry, no zero, both signs, in the dtype of sums."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return [randn(sum(scales), side, dtype=dtype, requires_grad=True) for side in (height, width)]
+
+
+def maps_of(x: Tensor, grid: tuple[int, int] | None, prefix_tokens: int) -> Tensor:
+    """x as (B, C, H, W)."""
+    return x if grid is None else x[:, prefix_tokens:].unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def check(
@@ -86,18 +101,14 @@ def check(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
 ) -> Tensor:
-    """Compare the result and all gradients with the truth; returns the gradient of x."""
-
-    def maps(x: Tensor) -> Tensor:
-        return x if grid is None else x[:, prefix_tokens:].unflatten(1, grid).permute(0, 3, 1, 2)
-
+    """Compares the result and all gradients with the truth; returns the gradient of x."""
     x = x.detach().requires_grad_()
     rows, cols = filters
     inputs = [x, rows, cols]
     exact_inputs = in_float64(*inputs)
     y = lk.lowpass(x, scales, row_filters=rows, col_filters=cols, grid=grid, prefix_tokens=prefix_tokens)
-    reference = torch_lowpass(maps(x), scales, rows, cols)
-    truth = loop_lowpass(maps(exact_inputs[0]), scales, *exact_inputs[1:])
+    reference = torch_lowpass(maps_of(x, grid, prefix_tokens), scales, rows, cols)
+    truth = torch_lowpass(maps_of(exact_inputs[0], grid, prefix_tokens), scales, *exact_inputs[1:])
     assert_close_to_truth(y, reference, truth, factor=2, floor=2 * rounding(x.dtype, truth))
 
     upstream = torch.randn_like(y)
@@ -109,41 +120,72 @@ def check(
     return results[0]
 
 
-@pytest.mark.parametrize("filters", ["average", "dense"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "scales"), SHAPES.values(), ids=SHAPES)
+# Paths branch on the shape (units of 8 and of 512 channels in the CPU kernels, tiles of 16 KiB and 8 filters a pass in
+# the CUDA kernels, blocks of 64 channels and of 64 cells in the Triton kernels) and on the form. Within a form they
+# branch on the bytes of an element, which decide how wide accesses are. So shape x form and dtype x form are covered.
+# A path depends on all three only if the width of an access does, and the named cases hit these: rows of a whole number
+# of 16 bytes and other rows (CPU), runs of whole maps (Triton, two bytes), copies of odd channels (CUDA).
+@grid(
+    shape=SHAPES,
+    dtype=DTYPES,
+    form=FORMS,
+    named=[
+        ("first stage at 224 pixels", torch.bfloat16, "average-contiguous"),
+        ("second stage, 33 channels", torch.float32, "average-contiguous"),
+        ("second stage, 33 channels", torch.bfloat16, "average-contiguous"),
+        ("third stage, 14 to 4 overlaps, odd channels", torch.bfloat16, "dense-channels_last"),
+        ("third stage, 14 to 4 overlaps, odd channels", torch.bfloat16, "average-channels_last"),
+        ("last stage, 7 to 2 and to 4 overlap", torch.bfloat16, "average-contiguous"),
+        ("last stage, 7 to 2 and to 4 overlap", torch.bfloat16, "dense-contiguous"),
+        ("last stage, 7 to 2 and to 4 overlap", torch.float16, "dense-contiguous"),
+        ("last stage, 7 to 2 and to 4 overlap", torch.bfloat16, "dense-channels_last"),
+    ],
+)
 def test_shapes(
-    backend: str,
-    shape: tuple[int, ...],
-    scales: tuple[int, ...],
+    kernels: str,
+    shape: tuple[tuple[int, ...], tuple[int, ...]],
     dtype: torch.dtype,
-    channels_last: bool,
-    filters: str,
+    form: tuple[str, torch.memory_format],
 ) -> None:
-    x = randn(shape, dtype=dtype)
-    x = _channels_last(x) if channels_last else x
-    check(x, scales, dense_filters(scales, *shape[2:], dtype) if filters == "dense" else (None, None))
+    (size, scales), (filters, layout) = shape, form
+    x = randn(size, dtype=dtype).to(memory_format=layout)
+    check(x, scales, dense_filters(scales, *size[2:], dtype) if filters == "dense" else (None, None))
 
 
-@pytest.mark.parametrize("filters", ["average", "dense"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend: str, layout: str, dtype: torch.dtype, filters: str) -> None:
-    x = LAYOUTS[layout](partial(torch.randn, dtype=dtype))
+# Kernels read in place whatever has a stride of 1 along channels or columns, and a copy of anything else; the dtype and
+# the filters matter after the strides have been read, so each has to meet every layout once.
+@grid(
+    layout=LAYOUTS,
+    dtype=[torch.float32, torch.bfloat16],
+    filters=["average", "dense"],
+    named=[
+        ("a crop", torch.bfloat16, "average"),
+        ("a channels_last crop", torch.bfloat16, "dense"),
+        ("a channels_last slice of channels", torch.bfloat16, "dense"),
+    ],
+)
+def test_layouts(kernels: str, layout: Callable[..., Tensor], dtype: torch.dtype, filters: str) -> None:
+    x = layout(partial(torch.randn, dtype=dtype))
     before = x.clone()
     check(x, filters=dense_filters((1, 2, 4), 14, 14, dtype) if filters == "dense" else (None, None))
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("filters", ["average", "dense"])
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_tokens(backend: str, tokens: str, filters: str) -> None:
-    make, grid, prefix = TOKENS[tokens]
+# Tokens are a map that begins after the prefix: one path with maps from there on, so dtypes are those of two widths.
+@grid(
+    tokens=TOKENS,
+    dtype=[torch.float32, torch.bfloat16],
+    filters=["average", "dense"],
+    named=[("class and register tokens", torch.bfloat16, "average"), ("class token", torch.float32, "dense")],
+)
+def test_tokens(
+    kernels: str, tokens: tuple[Callable[[], Tensor], tuple[int, int], int], dtype: torch.dtype, filters: str
+) -> None:
+    make, grid, prefix = tokens
     scales = tuple(s for s in (1, 2, 4) if s <= min(grid))
-    x = make()
-    bank = dense_filters(scales, *grid, x.dtype) if filters == "dense" else (None, None)
-    grad = check(x, scales, bank, grid, prefix)
+    x = make(partial(torch.randn, dtype=dtype))
+    matrices = dense_filters(scales, *grid, dtype) if filters == "dense" else (None, None)
+    grad = check(x, scales, matrices, grid, prefix)
     assert not grad[:, :prefix].any()
 
 
@@ -154,7 +196,7 @@ def test_square_grid_of_tokens_is_inferred(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_has_the_layout_of_the_map(kernels: None, dtype: torch.dtype) -> None:
+def test_gradient_has_the_layout_of_the_map(kernels: str, dtype: torch.dtype) -> None:
     for x in (randn(2, 16, 7, 7, dtype=dtype), _channels_last(randn(2, 16, 7, 7, dtype=dtype))):
         x.requires_grad_()
         (grad,) = torch.autograd.grad(lk.lowpass(x).float().square().sum(), x)
@@ -171,14 +213,14 @@ FILTER_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("form", FILTER_FORMS)
-def test_forms_of_filters(backend: str, form: str) -> None:
+def test_forms_of_filters(kernels: str, form: str) -> None:
     for x in (randn(2, 17, 7, 7), _channels_last(randn(2, 17, 7, 7))):
         filters = [FILTER_FORMS[form](f.detach()) for f in dense_filters((1, 2, 4), 7, 7, x.dtype)]
         check(x, filters=[f.requires_grad_() for f in filters])
 
 
 @pytest.mark.parametrize("learns", ["x", "rows", "cols", "x rows", "x cols", "rows cols", "x rows cols"])
-def test_gradients_for_every_subset(backend: str, learns: str) -> None:
+def test_gradients_for_every_subset(kernels: str, learns: str) -> None:
     x, filters = randn(2, 17, 14, 14).double(), dense_filters((1, 2, 4), 14, 14, torch.float64)
     every = dict(zip(("x", "rows", "cols"), (x.requires_grad_(), *filters), strict=True))
     kwargs = {"row_filters": filters[0], "col_filters": filters[1]}
@@ -194,7 +236,7 @@ def test_gradients_for_every_subset(backend: str, learns: str) -> None:
             assert tensor.grad is None
 
 
-def test_no_gradient_no_graph(backend: str) -> None:
+def test_no_gradient_no_graph(kernels: str) -> None:
     x = randn(2, 3, 7, 7, requires_grad=True)
     with torch.no_grad():
         assert not lk.lowpass(x).requires_grad
@@ -206,7 +248,7 @@ def test_no_gradient_no_graph(backend: str) -> None:
 def test_constant_map_passes_unchanged(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
     # Float32 sums these exactly; a sum in float16 overflows, one in bfloat16 stops growing.
     levels = torch.tensor([1.0, -3.0, 1000.0, 60000.0], dtype=dtype)
-    x = levels[None, :, None, None].expand(2, -1, 56, 56)
+    x = levels[None, :, None, None].expand(2, -1, 28, 28)
     x = _channels_last(x) if channels_last else x.contiguous()
     expected = levels.expand(2, 21, -1)
     torch.testing.assert_close(lk.lowpass(x), expected, rtol=torch.finfo(dtype).eps, atol=0)
@@ -217,25 +259,18 @@ def test_scale_one_is_the_global_mean(backend: str) -> None:
     torch.testing.assert_close(lk.lowpass(x, (1,))[:, 0], x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("scale", [1, 2, 3, 4, 7])
-def test_average_is_adaptive_avg_pool2d(backend: str, scale: int) -> None:
-    x = randn(2, 16, 7, 14)
-    expected = F.adaptive_avg_pool2d(x, scale).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(lk.lowpass(x, (scale,)), expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_a_small_type_passes(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
     """A window of one pixel is its own mean: conversions to the sum's type and back lose nothing."""
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, -1, 2, 2)
-    y = lk.lowpass(_channels_last(x) if channels_last else x, (2,))
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, -1, 8, 8)
+    y = lk.lowpass(_channels_last(x) if channels_last else x, (8,))
     torch.testing.assert_close(y, x.flatten(2).transpose(1, 2), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_small_types_are_rounded_once_to_nearest(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+def test_small_types_are_rounded_once_to_nearest(kernels: str, dtype: torch.dtype, channels_last: bool) -> None:
     x = randn(2, 17, 14, 14, dtype=dtype)
     small = (_channels_last(x) if channels_last else x).requires_grad_()
     raised = small.detach().float().requires_grad_()
@@ -243,15 +278,15 @@ def test_small_types_are_rounded_once_to_nearest(backend: str, dtype: torch.dtyp
     assert torch.equal(y, raised_y.to(dtype))
     upstream = torch.randn_like(y)
     (grad,), (raised_grad,) = gradients(y, [small], upstream), gradients(raised_y, [raised], upstream.float())
-    if backend == "triton":  # which multiplies by weights of two pieces, so the last bit may differ
+    if kernels == "triton":  # it multiplies by weights in two pieces, so the last bit may differ
         torch.testing.assert_close(grad, raised_grad.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
     else:
         assert torch.equal(grad, raised_grad.to(dtype))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_images_further_apart_than_32_bits_count(backend: str, channels_last: bool) -> None:
-    """Of the memory between them nothing is touched, so that it need not be there."""
+def test_images_further_apart_than_32_bits_count(kernels: str, channels_last: bool) -> None:
+    """The memory between them is not touched, so the machine need not have it."""
     images, apart = randn(2, 3, 8, 9).bfloat16(), 2**31 + 16
     memory = torch.empty(apart + 1000, dtype=torch.bfloat16)
     strides = (1, 27, 3) if channels_last else (72, 9, 1)
