@@ -19,7 +19,7 @@ STAMPS := $(VENV)/.lfcc
 OLD_TRITON_AT := $(VENV)/.triton
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-ddp test lint docs bench gpu wheel check-wheel clean force
+.PHONY: help demo demo-ddp test test-slow test-full lint docs bench gpu wheel check-wheel clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -32,12 +32,29 @@ demo: $(STAMPS)/demo ## train a small ViT with a CNN as its teacher on photograp
 demo-ddp: $(STAMPS)/demo ## train it by one process and by two that share the batch: the loss is the same
 	$(BIN)/python -m lfcc_kernels.distill.demo.ranks $(if $(DATA),--data '$(DATA)')
 
-test: $(STAMPS)/test $(STAMPS)/triton ## run the tests, those of the Triton kernels with the oldest Triton too
-	$(BIN)/python -m pytest -n auto --ignore tests/offline
-	$(BIN)/python -m pytest tests/offline
-	@echo "== the same kernels with $(OLD_TRITON)"
-	PYTHONPATH=$(OLD_TRITON_AT) $(BIN)/python -m pytest -n auto -k triton tests/test_info_nce_foreach.py tests/test_ops.py
-	PYTHONPATH=$(OLD_TRITON_AT) $(BIN)/python -m pytest tests/offline/test_offline_compile.py
+# Tests of the offline compilation are parallel themselves, and print their tables from one process.
+PYTEST := $(BIN)/python -m pytest
+IN_PARALLEL := -n auto --dist loadgroup --ignore tests/offline
+WITH_OLD_TRITON := PYTHONPATH=$(OLD_TRITON_AT) $(PYTEST)
+# While packages are downloaded the kernels are compiled, and the CUDA kernels for their emulation on the CPU.
+PREPARE := @$(MAKE) --no-print-directory -j 2
+
+test: ## run the tests that every change should pass, some minutes
+	$(PREPARE) $(STAMPS)/test $(STAMPS)/emulation
+	$(PYTEST) $(IN_PARALLEL) -m 'not slow'
+
+test-slow: ## run the other tests: sanitizers, many ranks, recipes, wheels, compilation for GPUs, the oldest Triton
+	$(PREPARE) $(STAMPS)/test $(STAMPS)/emulation $(STAMPS)/triton
+	$(PYTEST) $(IN_PARALLEL) -m slow
+	$(PYTEST) tests/offline
+	@echo "== the Triton kernels with $(OLD_TRITON)"
+	$(WITH_OLD_TRITON) -n auto -k triton tests/test_info_nce_foreach.py tests/test_ops.py
+	$(WITH_OLD_TRITON) tests/offline/test_offline_compile.py
+
+test-full: ## run all tests, on the full product of every grid and in all schedules
+	$(PREPARE) $(STAMPS)/test $(STAMPS)/emulation
+	$(PYTEST) $(IN_PARALLEL) --full
+	$(PYTEST) tests/offline
 
 lint: $(STAMPS)/lint ## check the style
 	$(BIN)/ruff check .
@@ -83,7 +100,7 @@ check-wheel: wheel ## test that wheel in a second environment with OTHER_TORCH
 	cd build/other && bin/lfcc info && bin/pytest tests/test_lowpass.py tests/test_info_nce.py
 
 clean: ## remove what the build made; the environment stays, `rm -rf .venv` removes it
-	rm -rf build dist *.egg-info lfcc_kernels/*.so .pytest_cache .ruff_cache $(STAMPS)/built
+	rm -rf build dist *.egg-info lfcc_kernels/*.so .pytest_cache .ruff_cache $(STAMPS)/built $(STAMPS)/emulation
 
 $(BIN)/pip:
 	@echo "== environment $(VENV)"
@@ -114,6 +131,11 @@ $(STAMPS)/built: $(SOURCES) $(STAMPS)/torch
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@if ls lfcc_kernels/_C.*so > /dev/null 2>&1; then touch $@; else \
 		echo "== no C++ compiler: kernels were not built, everything runs on the eager backend (install g++)"; fi
+
+$(STAMPS)/emulation: $(SOURCES) tests/emulation/build.py $(wildcard tests/emulation/*.h) $(STAMPS)/torch
+	@echo "== compiling the CUDA kernels for their emulation, also with sanitizers"
+	@$(BIN)/python tests/emulation/build.py && $(BIN)/python tests/emulation/build.py --sanitize
+	@touch $@
 
 # Beside the environment, since it has a Triton of its own; with the newest numpy that Triton's interpreter takes.
 $(STAMPS)/triton: Makefile $(STAMPS)/torch

@@ -54,12 +54,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that run on a GPU. LFCC_TEST_SHARD=2/8 keeps every eighth test from the second on: most of a test
-    on a GPU is compiling on the CPU, so `make gpu` runs eight shards at a time, with what pytest has."""
+    """Adds marks that depend on a test's backend and fixtures.
+
+    LFCC_TEST_SHARD=2/8 keeps every eighth test from the second on: most of a test on a GPU is compiling on the CPU, so
+    `make gpu` runs eight shards at a time, with what pytest has.
+    """
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if ON_GPU and {params.get("backend"), params.get("kernels")} & {"triton", "cuda"}:
+        on = {params.get("backend"), params.get("kernels")}
+        if ON_GPU and on & {"triton", "cuda"}:
             item.add_marker("gpu")
+        if (slow_on := item.get_closest_marker("slow_on")) and on & set(slow_on.args):
+            item.add_marker("slow")
+        # With `--dist loadgroup` one process makes what the tests of a module share.
+        if any(fixtures[-1].scope == "module" for fixtures in item._fixtureinfo.name2fixturedefs.values()):
+            shared = params.get("ranks", "")
+            item.add_marker(pytest.mark.xdist_group(f"{item.location[0]} {shared}"))
     if shard := os.environ.get("LFCC_TEST_SHARD"):
         first, step = map(int, shard.split("/"))
         items[:] = items[first - 1 :: step]

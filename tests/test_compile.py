@@ -10,6 +10,8 @@ from torch import Tensor, randn
 
 import lfcc_kernels as lk
 
+pytestmark = pytest.mark.slow_on("eager", "triton")
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
@@ -32,6 +34,7 @@ def test_one_graph(backend: str, name: str) -> None:
     assert_same(torch.compile(function, fullgraph=True, backend="aot_eager"), function, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("name", ["filters", "symmetric"])
 def test_inductor(compiled_kernels: str, name: str) -> None:

@@ -142,7 +142,11 @@ def backends(world_size: int) -> tuple[str, ...]:
     return tuple(name for name in lk.available_backends() if world_size == 2 or name in ("eager", "cpu"))
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4], ids=["2 ranks", "3 ranks", "4 ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))],
+    ids=["2 ranks", "3 ranks", "4 ranks"],
+)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank found."""
     return in_ranks(request.param, tmp_path_factory.mktemp("ranks"), run_rank)

@@ -10,6 +10,8 @@ from torch import Tensor, nn, randn
 
 import lfcc_kernels as lk
 
+pytestmark = pytest.mark.slow_on("triton")
+
 SCALES = (1, 2, 4)
 STUDENT_CHANNELS, TEACHER_CHANNELS = (6, 10), (8, 12)
 MAPS = {"student": [(12, 12), (7, 5)], "teacher": [(14, 14), (7, 7)]}
@@ -61,6 +63,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow_on()
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_loss_and_gradients_are_the_formula(backend: str, options: dict[str, Any]) -> None:
     loss, (student, teacher) = lfcc_loss(**options, return_parts=True), features()
@@ -196,6 +199,7 @@ def test_zero_logits_equal_the_average(backend: str) -> None:
     torch.testing.assert_close(learnable(student, teacher), average(student, teacher))
 
 
+@pytest.mark.slow_on("eager", "triton", "cuda")
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student", "symmetric"])
 def test_compiled(backend: str, direction: str) -> None:
     torch._dynamo.reset()

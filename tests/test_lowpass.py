@@ -23,6 +23,7 @@ SHAPES = {
     "prime sides, one image": ((1, 3, 13, 17), (1, 2, 4)),
     "half a square": ((2, 16, 7, 14), (1, 2, 4)),
     "wide map, few channels": ((1, 3, 20, 112), (1, 2, 4)),
+    "one row of a map more than a tile": ((1, 2, 3, 515), (1, 2, 3)),
     "one channel, one image, windows of one pixel": ((1, 1, 4, 4), (4,)),
     "one column": ((2, 5, 9, 1), (1,)),
     "one row": ((2, 5, 1, 9), (1,)),

@@ -48,6 +48,7 @@ def test_opcheck(kernels: str, name: str, arguments: Callable[[], tuple[Any, ...
     torch.library.opcheck(op(name, kernels), arguments())
 
 
+@pytest.mark.slow_on("eager")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck(backend: str, name: str) -> None:
     """Every entry of the Jacobian; of Triton, whose interpreter is slow, products of it with random vectors."""
@@ -74,6 +75,7 @@ def test_second_derivative_names_the_backend_that_has_one(kernels: str, name: st
             grad.square().sum().backward(retain_graph=True)
 
 
+@pytest.mark.slow_on("eager")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_backward_twice(backend: str, name: str) -> None:
     function, inputs = functions(torch.float32)[name]
@@ -87,6 +89,7 @@ def test_backward_twice(backend: str, name: str) -> None:
         assert torch.equal(one, other) and torch.equal(one, before)
 
 
+@pytest.mark.slow_on("eager")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_of_upstream_that_is_expanded_or_strided(backend: str, name: str) -> None:
     function, inputs = functions()[name]

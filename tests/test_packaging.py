@@ -105,6 +105,7 @@ def test_kernels_are_cloned_for_cpu_levels(library):
     assert b".arch_x86_64_v3" in content and b".arch_x86_64_v4" in content
 
 
+@pytest.mark.slow
 @compiled
 def test_wheel(tmp_path):
     # From the objects of the installed build, so only what changed since then is compiled.
@@ -130,6 +131,7 @@ def test_wheel(tmp_path):
     assert used.stdout.split() == [str(tmp_path / "site/lfcc_kernels/__init__.py"), "eager", "cpu"]
 
 
+@pytest.mark.slow
 def test_without_a_compiler(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

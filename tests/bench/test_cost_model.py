@@ -180,7 +180,7 @@ def run_rank() -> dict[Any, Any]:
     return found | {"ddp": ddp_traffic(CASES[0])}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(4, marks=pytest.mark.slow, id="ranks")])
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of four ranks measured, alone, in pairs and together."""
     if "cpu" not in lk.available_backends():

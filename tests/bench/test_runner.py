@@ -213,6 +213,7 @@ def test_the_csv_file_says_what_the_json_file_says(begun: Path) -> None:
         assert line["device"] == results["runs"]["default"]["environment"].get("device", "")
 
 
+@pytest.mark.slow
 def test_peak_memory_in_a_process_of_its_own() -> None:
     request = replace(REQUEST, suites=["info_nce", "lowpass"], size="full")
     matrix = 4 * 1024**2
@@ -231,6 +232,7 @@ def bench(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.C
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     ended = bench("overhead", "lowpass", "-k", "overhead-lowpass", "7x7", "-o", "record.json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

@@ -147,6 +147,7 @@ def make_and_count(folder: Path) -> tuple[list[int], int]:
     return parts, writer.views
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_parts(tmp_path: Path, whole: Path) -> None:
     prepare(tmp_path / "cache", MANIFEST)
     (tmp_path / "ranks").mkdir()

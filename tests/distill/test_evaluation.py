@@ -97,6 +97,7 @@ def evaluate(folder: Path) -> list[float]:
     return [top1(Brightness(), evaluation_loader(source, TRANSFORM, **place), 3) for source in sources]
 
 
+@pytest.mark.slow
 def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
     write_shards(tmp_path)
     assert 0 < expected() < 100

@@ -121,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(RANKS, marks=pytest.mark.slow, id="ranks")])
 def ranks(folder: Path) -> list[dict]:
     """What each rank found."""
     return in_ranks(RANKS, folder, of_a_rank, folder)

@@ -16,6 +16,8 @@ import torch
 from lfcc_kernels.cli import main
 from lfcc_kernels.distill import load_checkpoint, read_csv
 
+pytestmark = pytest.mark.slow
+
 TEACHER = "--student test_resnet --kd-alpha 0 --lfcc-beta 0 --epochs 1 --experiment teacher -b 128"
 RUN = (
     "--student test_vit --student-kwargs patch_size=8 --student-taps 0 2 5 --teacher test_resnet --teacher-taps 1 2 3 "

@@ -121,6 +121,7 @@ def weights(distiller: Distiller) -> dict[str, Tensor]:
     return {f"{part}.{name}": p.detach().clone() for part in parts for name, p in parts[part].named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two updates of the whole command, on four random images each, of a teacher with random weights."""

@@ -81,6 +81,7 @@ run(Path({folder!r}), ToyBatches(batches=1000), checkpoint_interval=1, log_inter
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     last = tmp_path / "checkpoints/last.pt"
     script = KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(tmp_path))

@@ -182,6 +182,7 @@ def test_fewer_shards_than_workers_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_fewer_hugging_face_shards_than_ranks_are_shared(tmp_path: Path) -> None:
     stream = open_hugging_face(tmp_path)
     ranks = [StreamedBatches(stream, PLAIN, batch_size=2, seed=0, rank=rank, world_size=8) for rank in range(8)]

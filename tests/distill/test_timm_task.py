@@ -159,6 +159,7 @@ def test_a_checkpoint_of_timm_goes_on_where_it_was_saved(tmp_path: Path) -> None
     torch.testing.assert_close(other.get_checkpoint_state(ema=True), task.get_checkpoint_state(ema=True))
 
 
+@pytest.mark.slow
 def test_compiled_parts_compute_the_same_under_the_same_keys() -> None:
     graphs = []
 
@@ -198,6 +199,7 @@ def gradients_of_a_rank() -> dict[str, list]:
     return found | {"no_sync": gradients(task.trainable_module)}
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradient_of_one_process(tmp_path: Path) -> None:
     ranks = in_ranks(2, tmp_path, gradients_of_a_rank)
     task = create_task()

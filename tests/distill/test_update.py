@@ -185,6 +185,7 @@ def test_probabilities_as_labels() -> None:
     assert_same(gradients(copy_of(distiller), halves)[1], gradients(distiller, [soft])[1])
 
 
+@pytest.mark.slow
 def test_student_and_loss_compile_without_a_break() -> None:
     distiller, batch = distiller_of("test_vit"), batch_of(ids=True)
     expected = gradients(copy_of(distiller), [batch])

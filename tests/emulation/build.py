@@ -124,4 +124,5 @@ def _digest(*parts: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour sanitizers")
-    print(library(parser.parse_args().sanitize))
+    sanitize = parser.parse_args().sanitize
+    print(library(sanitize) if shutil.which(COMPILER[0]) else f"no C++ compiler {COMPILER[0]}: nothing is compiled")

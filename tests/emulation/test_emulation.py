@@ -43,7 +43,7 @@ def _argument(value: Tensor | int | str) -> object:
     return ctypes.c_int64(value)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def loaded() -> Kernels:
     return Kernels()
 

@@ -10,7 +10,7 @@ TABLE = pytest.StashKey[str]()
 CUDA_TABLE = pytest.StashKey[list[str]]()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     """All launches, failed ones included. Another process: here kernels may be decorated for the interpreter."""
     result = tmp_path_factory.mktemp("offline") / "kernels.json"

@@ -10,7 +10,7 @@ import pytest
 from nvcc import ARCHITECTURES, SOURCES, TABLES_OF, CudaKernel, compile_kernels, find_cuda, measured, stated
 
 CUDA, WHY_NOT = find_cuda()
-pytestmark = pytest.mark.skipif(CUDA is None, reason=WHY_NOT)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CUDA is None, reason=WHY_NOT)]
 
 # Instructions in PTX. Accesses of 16 bytes:
 LOAD = r"\bld\.global(\.\w+)*\.v(4\.[a-z]+32|2\.[a-z]+64)\b"

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 import pytest
 from measure import CHIPS, Kernel
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 
 
 def assert_none(wrong: Iterable[tuple[Kernel, str]]) -> None:
