@@ -17,7 +17,6 @@ from lfcc_kernels.bench.explain import explain
 from lfcc_kernels.bench.machine import open_machine
 from lfcc_kernels.bench.record import NOT_REACHED, Request
 from lfcc_kernels.bench.tune.command import tune
-from lfcc_kernels.files import replace_file
 
 RESULTS = Path("benchmarks", "results")
 
@@ -82,9 +81,8 @@ def _measure(path: Path, results: dict, minutes: float | None) -> int:
         print(f"interrupted; continue with: lfcc bench --resume {path}", file=sys.stderr)
         return 130
     finally:
-        with replace_file(path.with_suffix(".md")) as file:
-            file.write(f"{tables.markdown(record.load(path))}\n".encode())
-    print(f"tables: {path.with_suffix('.md')}; for an HTML page with plots: lfcc report {path}")
+        written = tables.save(path, record.load(path))
+    print(f"tables: {written}; for an HTML page with plots: lfcc report {path}")
     if left := sum(row.note == NOT_REACHED for row in record.rows(record.load(path))):
         print(f"{left} cases not reached within {minutes:g} minutes; measure them with: lfcc bench --resume {path}")
     return 0 if correct else 1

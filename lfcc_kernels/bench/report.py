@@ -16,7 +16,7 @@ TITLE = "lfcc_kernels benchmark"
 def write_report(path: str | Path, output: str | Path) -> Path:
     """Write the report of the record in the JSON file `path` into the folder `output`; returns the path of report.html.
 
-    The folder also gets a copy of the record, the plots as PNG files and, if the record has the whole loss, `loss.svg`.
+    The folder also gets a copy of the record and of its tables as Markdown, the plots as PNG files and, if the record has the whole loss, `loss.svg`.
     Raises ValueError if the file is not a record or has no rows.
     """
     path, output = Path(path), Path(output)
@@ -28,6 +28,7 @@ def write_report(path: str | Path, output: str | Path) -> Path:
     copy = output / path.name
     if copy.resolve() != path.resolve():
         record.save(copy, results)
+        tables.save(copy, results)
     # A kept heap repeats some of the cases; the tables have those times.
     run = "default" if "default" in results["runs"] else rows[0].run
     note = f" The plots show the run with the {run} heap." if len(results["runs"]) > 1 else ""

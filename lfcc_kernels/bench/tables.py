@@ -4,10 +4,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.record import Row
 from lfcc_kernels.bench.targets import TARGETS
+from lfcc_kernels.files import replace_file
 
 Table = list[dict[str, str]]  # one dict per line, all with the same keys
 
@@ -53,10 +55,6 @@ class Ranking:
     def speedup_text(self) -> str:
         """The speedup as "2.5x", rounded down below 1 so that no loss reads as a draw."""
         return f"{math.floor(1000 * self.speedup) / 1000 if self.speedup < 1 else self.speedup:.3g}x"
-
-    @property
-    def eager(self) -> Row | None:
-        return next((row for row in self.peers if row.candidate == "eager"), None)
 
 
 def rankings(rows: Iterable[Row]) -> list[Ranking]:
@@ -168,12 +166,22 @@ def not_timed(results: dict) -> Table:
             "run": run,
             "status": status,
             "reason": reason,
-            "cases": f"{len(rows)} cases" if status == "skipped" and len(rows) > 3 else "; ".join(map(_case, rows)),
+            "cases": f"{len(rows)} cases"
+            if status == "skipped" and len(rows) > 3
+            else "; ".join(title(row) + _text(row.error, " (error {:.1e})") for row in rows),
         }
         for (status, run, name, reason), rows in sorted(
             found.items(), key=lambda item: ("wrong", "failed", "skipped").index(item[0][0])
         )
     ]
+
+
+def save(path: Path, results: dict) -> Path:
+    """Write the tables as Markdown next to the record at `path`; returns their path."""
+    target = path.with_suffix(".md")
+    with replace_file(target) as file:
+        file.write(f"{markdown(results)}\n".encode())
+    return target
 
 
 def _used(table: Table) -> Table:
@@ -184,29 +192,22 @@ def _used(table: Table) -> Table:
 def _fact(name: str, env: dict, rows: Sequence[Row]) -> str:
     if not env:
         return "nothing was measured; the process ended before its first case."
+    packages, dtypes = [], {"float32": rows}
     if name == "cuda":
-        machine = [
-            f"{env['device']}, {env['multiprocessors']} multiprocessors, L2 {env['last_cache_bytes'] / 2**20:.0f} MiB",
-            f"nvidia-smi ({env['nvidia_smi_fields']}): {env['nvidia_smi'] or 'not available'}",
-        ]
+        cache = f"L2 {env['last_cache_bytes'] / 2**20:.0f} MiB"
+        smi = f"nvidia-smi ({env['nvidia_smi_fields']}): {env['nvidia_smi'] or 'not available'}"
+        machine = f"{env['device']}, {env['multiprocessors']} multiprocessors, {cache}; {smi}"
         packages = [f"CUDA {env['cuda']}", *(f"{package} {version}" for package, version in env["packages"].items())]
-        gemms = {dtype: [row for row in rows if row.dtype == dtype] for dtype in sorted({row.dtype for row in rows})}
+        dtypes = {dtype: [row for row in rows if row.dtype == dtype] for dtype in sorted({row.dtype for row in rows})}
     else:
-        machine = [f"{env['device']}, {env['cores']} cores, {env['threads']} threads, {env['cpu_capability']}"]
-        packages, gemms = [], {"float32": rows}
-    gemm = [f"{_span([row.gemm_gflops for row in some])} GFLOP/s in {dtype}" for dtype, some in gemms.items()]
+        machine = f"{env['device']}, {env['cores']} cores, {env['threads']} threads, {env['cpu_capability']}"
+    gemm = (f"{_span([row.gemm_gflops for row in some])} GFLOP/s in {dtype}" for dtype, some in dtypes.items())
     versions = [f"torch {env['torch']}", f"lfcc_kernels {env['lfcc_kernels']} {env['commit']}", *packages]
-    return "; ".join(
-        [
-            *machine,
-            f"copy {_span([row.copy_gbps for row in rows])} GB/s",
-            f"GEMM {', '.join(gemm)}",
-            f"clock {_span([row.clock_mhz for row in rows])} MHz",
-            f"load average {_span([row.load_average for row in rows], '.1f')}",
-            ", ".join(versions),
-            f"backends {', '.join(env['backends'])}",
-            f"{env['started']}.",
-        ]
+    return (
+        f"{machine}; copy {_span([row.copy_gbps for row in rows])} GB/s; GEMM {', '.join(gemm)}; "
+        f"clock {_span([row.clock_mhz for row in rows])} MHz; "
+        f"load average {_span([row.load_average for row in rows], '.1f')}; {', '.join(versions)}; "
+        f"backends {', '.join(env['backends'])}; {env['started']}."
     )
 
 
@@ -219,13 +220,12 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _time(ranking: Ranking) -> str:
-    return "{} ({} to {})".format(*(_number(getattr(ranking.lfcc, q)) for q in ("median_ms", "q20_ms", "q80_ms")))
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
-def _floor(ranking: Ranking) -> str:
+def _floor(row: Row) -> str:
     """The fraction, and the rate of the work that bounds the floor."""
-    row = ranking.lfcc
     if row.fraction_of_floor is None:
         return ""
     bound_by_flops = row.flops / row.gemm_gflops > row.bytes / row.copy_gbps
@@ -235,45 +235,18 @@ def _floor(ranking: Ranking) -> str:
     return f"{row.fraction_of_floor:.0%}, {text}"
 
 
-def _conversion(ranking: Ranking) -> str:
-    fastest = ranking.fastest
-    return "" if fastest.conversion_ms is None else f"{fastest.conversion}, {_number(fastest.conversion_ms)} ms"
-
-
-def _backends(ranking: Ranking) -> str:
-    """Times of lfcc by backend, if there is more than the one that `auto` selects."""
-    rows = (ranking.lfcc, *ranking.others) if ranking.others else ()
-    return ", ".join(f"{row.backend} {_number(row.median_ms)}" for row in rows)
-
-
-def _over_eager(ranking: Ranking) -> str:
-    speedup = ranking.lfcc.speedup_over_eager
-    return "" if speedup is None else f"{speedup:.2g}x"
-
-
-def _lfcc_and_eager(text: Callable[[Row], str]) -> Callable[[Ranking], str]:
-    def both(ranking: Ranking) -> str:
-        texts = [text(row) for row in (ranking.lfcc, ranking.eager) if row]
-        return " / ".join(texts) if any(texts) else ""
-
-    return both
+def _lfcc_and_eager(ranking: Ranking, text: Callable[[Row], str]) -> str:
+    texts = [text(row) for row in (ranking.lfcc, *ranking.peers) if row.candidate in ("ours", "eager")]
+    return " / ".join(texts) if any(texts) else ""
 
 
 def _error(row: Row) -> str:
-    return "" if row.error is None else f"{row.error:.0e}" + ("" if row.reference == "float64" else "*")
-
-
-def _share(row: Row) -> str:
-    return "" if row.share_of_step is None else f"{row.share_of_step:.1%}"
+    return _text(row.error, "{:.0e}" if row.reference == "float64" else "{:.0e}*")
 
 
 def _mebibytes(row: Row) -> str:
     mebibytes = f"{row.peak_memory_bytes / 2**20:.1f}"
     return mebibytes if row.candidate == "ours" else f"{row.candidate.removeprefix('ours, ')} {mebibytes}"
-
-
-def _case(row: Row) -> str:
-    return title(row) + ("" if row.error is None else f" (error {row.error:.1e})")
 
 
 def _markdown_table(table: Table) -> str:
@@ -284,14 +257,20 @@ def _markdown_table(table: Table) -> str:
 
 
 COLUMNS: dict[str, Callable[[Ranking], str]] = {
-    "case": lambda ranking: title(ranking.lfcc),
-    "lfcc, ms (20 to 80 %)": _time,
+    "case": lambda r: title(r.lfcc),
+    "lfcc, ms (20 to 80 %)": lambda r: "{} ({} to {})".format(
+        *map(_number, (r.lfcc.median_ms, r.lfcc.q20_ms, r.lfcc.q80_ms))
+    ),
     "speedup over fastest peer": lambda r: f"{r.speedup_text} {r.fastest.name}, {_number(r.fastest.median_ms)} ms",
-    "conversion for that peer": _conversion,
-    "speedup over eager": _over_eager,
-    "fraction of floor": _floor,
-    "by backend, ms": _backends,
-    "share of step, lfcc / eager": _lfcc_and_eager(_share),
-    "error, lfcc / eager": _lfcc_and_eager(_error),
-    "work counted": lambda ranking: ranking.lfcc.formula,
+    "conversion for that peer": lambda r: (
+        "" if r.fastest.conversion_ms is None else f"{r.fastest.conversion}, {_number(r.fastest.conversion_ms)} ms"
+    ),
+    "speedup over eager": lambda r: _text(r.lfcc.speedup_over_eager, "{:.2g}x"),
+    "fraction of floor": lambda r: _floor(r.lfcc),
+    "by backend, ms": lambda r: ", ".join(
+        f"{row.backend} {_number(row.median_ms)}" for row in (r.lfcc, *r.others) if r.others
+    ),
+    "share of step, lfcc / eager": lambda r: _lfcc_and_eager(r, lambda row: _text(row.share_of_step, "{:.1%}")),
+    "error, lfcc / eager": lambda r: _lfcc_and_eager(r, _error),
+    "work counted": lambda r: r.lfcc.formula,
 }

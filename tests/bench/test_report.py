@@ -60,7 +60,7 @@ def test_page_holds_tables_and_every_picture(tmp_path):
     assert "<td>1 &lt; 2</td>" in text
     assert text.index("Slower than") < text.index("0.5x eager") < text.index("Faster than") < text.index("4x eager")
     assert {file.name for file in page.parent.iterdir()} == {
-        "report.html", "record.json", "record.csv", *(f"{name}.png" for name in NAMES)
+        "report.html", "record.json", "record.csv", "record.md", *(f"{name}.png" for name in NAMES)
     }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_targets_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for target in targets.TARGETS:
         with pytest.raises(LookupError):
-            targets.METRICS[target.metric].measure(Asked(), target.cases, target.peer)
+            target.measure(Asked())
     asked = {case for case in asked if case.split("-")[0] in SUITES}
     assert asked
     listed = {case.name for make in SUITES.values() for case in make(Cpu(), None)}

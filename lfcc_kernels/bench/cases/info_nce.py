@@ -61,20 +61,13 @@ def _for_cpu(machine: Machine, float32: torch.dtype, bfloat16: torch.dtype, _: t
 
 
 def _for_gpu(machine: Machine, float32: torch.dtype, bfloat16: torch.dtype, float16: torch.dtype) -> list[Case]:
-    one_way = [
-        _one_way(
-            machine,
-            shape,
-            mode,
-            bfloat16,
-            compile=mode != "fwd" and shape in COMPILED,
-            quick=mode != "fwd" and shape == (1024, 512),
-        )
-        for shape in GPU_SHAPES
-        for mode in MODES
-    ]
+    def one_way(shape: Shape, mode: str) -> Case:
+        learn = mode != "fwd"
+        quick, compile = learn and shape == (1024, 512), learn and shape in COMPILED
+        return _one_way(machine, shape, mode, bfloat16, compile, quick=quick)
+
     return [
-        *one_way,
+        *(one_way(shape, mode) for shape in GPU_SHAPES for mode in MODES),
         _symmetric(machine, (8192, 512), bfloat16),
         _one_way(machine, (8192, 512), "fwd+bwd", float16),
         *(_one_way(machine, (4096, 512), mode, float32) for mode in MODES),
@@ -83,7 +76,7 @@ def _for_gpu(machine: Machine, float32: torch.dtype, bfloat16: torch.dtype, floa
 
 
 def _one_way(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype, compile: bool = False, **options) -> Case:
-    learns = mode != "fwd"
+    learn = mode != "fwd"
     eager: dict[str, Candidate] = {"eager": _bind(peers.contrast_dense)}
     others: dict[str, Candidate] = {
         "row blocks": _bind(peers.contrast_row_blocks),
@@ -106,9 +99,9 @@ def _one_way(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype, comp
         _bind(lk.info_nce),
         eager | (compiled(machine, eager) if compile else {}),
         others,
-        products=1 + learns,
-        moved=2 + learns,
-        formula="4 B^2 D FLOPs" if learns else "2 B^2 D FLOPs",
+        products=1 + learn,
+        moved=2 + learn,
+        formula="4 B^2 D FLOPs" if learn else "2 B^2 D FLOPs",
         **options,
     )
 
@@ -185,24 +178,15 @@ def _case(
         student, teacher = rows(machine, shape, mode != "fwd", dtype)
         return student, teacher.requires_grad_(views == 2)
 
-    return Case(
-        "info_nce",
-        label,
-        shape,
-        mode,
-        inputs,
-        {
-            "ours": info_nce,
-            **upcast_on_cpu(machine, eager, dtype),
-            **native_bfloat16(machine, eager, dtype),
-            **upcast_on_cpu(machine, others, dtype),
-        },
-        (Step(moved * math.prod(shape) * dtype.itemsize, 2 * products * pairs * shape[1]),),
-        dtype=dtype,
-        op="info_nce",
-        size=pairs,
-        **options,
-    )
+    candidates = {
+        "ours": info_nce,
+        **upcast_on_cpu(machine, eager, dtype),
+        **native_bfloat16(machine, eager, dtype),
+        **upcast_on_cpu(machine, others, dtype),
+    }
+    steps = (Step(moved * math.prod(shape) * dtype.itemsize, 2 * products * pairs * shape[1]),)
+    options |= {"dtype": dtype, "op": "info_nce", "size": pairs}
+    return Case("info_nce", label, shape, mode, inputs, candidates, steps, **options)
 
 
 def _bind(call: Candidate) -> Candidate:

@@ -5,6 +5,7 @@ bytes alone, X of the map and Y of the pyramid: the op computes about one FLOP p
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -90,19 +91,12 @@ def _map(
         others["kornia"] = partial(libraries.kornia, scales=SCALES)
         others["antialiased-cnns"] = partial(libraries.antialiased_cnns, scales=SCALES)
     lowpass: Candidate = partial(lk.lowpass, scales=SCALES)
-    return Case(
-        "lowpass",
-        layout,
-        shape,
-        mode,
-        lambda: (features(machine, shape, mode != "fwd", dtype, memory_format),),
-        {"ours": lowpass} | eager | _products(machine, product, dtype) | others,
-        *_cost(shape, mode, dtype.itemsize),
-        dtype=dtype,
-        op="lowpass",
-        size=math.prod(shape),
-        **options,
-    )
+    candidates = {"ours": lowpass} | eager | _products(machine, product, dtype) | others
+
+    def inputs() -> tuple[Tensor, ...]:
+        return (features(machine, shape, mode != "fwd", dtype, memory_format),)
+
+    return _case(layout, shape, mode, dtype, inputs, candidates, _cost(shape, mode, dtype.itemsize), **options)
 
 
 def _tokens(
@@ -125,18 +119,12 @@ def _tokens(
     def one_gemm(x: Tensor) -> Tensor:
         return peers.pool_one_gemm_channels_last(peers.as_map(x, grid, prefix_tokens), matrix)
 
-    return Case(
-        "lowpass",
-        "tokens",
-        shape,
-        mode,
-        lambda: (features(machine, shape, mode != "fwd", dtype),),
-        {"ours": lowpass, "eager": eager} | _products(machine, {"one-GEMM": one_gemm}, dtype),
-        *_cost((shape[0], shape[2], *grid), mode, dtype.itemsize),
-        dtype=dtype,
-        op="lowpass",
-        size=math.prod(shape),
-    )
+    def inputs() -> tuple[Tensor, ...]:
+        return (features(machine, shape, mode != "fwd", dtype),)
+
+    candidates = {"ours": lowpass, "eager": eager} | _products(machine, {"one-GEMM": one_gemm}, dtype)
+    cost = _cost((shape[0], shape[2], *grid), mode, dtype.itemsize)
+    return _case("tokens", shape, mode, dtype, inputs, candidates, cost)
 
 
 def _learnable(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype) -> Case:
@@ -157,18 +145,23 @@ def _learnable(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype) ->
         return peers.pool_one_gemm(x, peers.stacked_filters(row_filters, col_filters, SCALES))
 
     products = {"eager": partial(peers.filter_each_scale, scales=SCALES), "one-GEMM": one_gemm}
-    return Case(
-        "lowpass",
-        "learnable",
-        shape,
-        mode,
-        inputs,
-        {"ours": lowpass} | _products(machine, products, dtype),
-        *_cost(shape, mode, dtype.itemsize, backward_reads=True),
-        dtype=dtype,
-        op="lowpass",
-        size=math.prod(shape),
-    )
+    candidates = {"ours": lowpass} | _products(machine, products, dtype)
+    cost = _cost(shape, mode, dtype.itemsize, backward_reads=True)
+    return _case("learnable", shape, mode, dtype, inputs, candidates, cost)
+
+
+def _case(
+    label: str,
+    shape: tuple[int, ...],
+    mode: str,
+    dtype: torch.dtype,
+    inputs: Callable[[], tuple[Tensor, ...]],
+    candidates: dict[str, Candidate],
+    cost: tuple[tuple[Step, ...], str],
+    **options,
+) -> Case:
+    fields = {"dtype": dtype, "op": "lowpass", "size": math.prod(shape), **options}
+    return Case("lowpass", label, shape, mode, inputs, candidates, *cost, **fields)
 
 
 def _products(machine: Machine, candidates: dict[str, Candidate], dtype: torch.dtype) -> dict[str, Candidate]:

@@ -53,23 +53,12 @@ def _contrast(machine: Machine, dtype: torch.dtype, label: str, shape: tuple[int
         "eager": peers.contrast_dense,
         "linear_cross_entropy": peers.contrast_linear_cross_entropy,
     }
+    candidates = {name: partial(call, temperature=TEMPERATURE) for name, call in calls.items()}
     moved, pairs = 3 * math.prod(shape) * dtype.itemsize, shape[0] ** 2
-    return Case(
-        "scaling",
-        f"info_nce-{label}",
-        shape,
-        "fwd+bwd",
-        lambda: rows(machine, shape, True, dtype),
-        {name: partial(call, temperature=TEMPERATURE) for name, call in calls.items()},
-        (Step(moved, 4 * pairs * shape[1]),),
-        "4 B^2 D FLOPs",
-        dtype=dtype,
-        op="info_nce",
-        size=pairs,
-        memory=True,
-        heaps=False,
-        **options,
-    )
+    steps, formula = (Step(moved, 4 * pairs * shape[1]),), "4 B^2 D FLOPs"
+    options |= {"dtype": dtype, "op": "info_nce", "size": pairs, "memory": True, "heaps": False}
+    inputs = partial(rows, machine, shape, True, dtype)
+    return Case("scaling", f"info_nce-{label}", shape, "fwd+bwd", inputs, candidates, steps, formula, **options)
 
 
 def _whole_loss(machine: Machine, dtype: torch.dtype, batch: int) -> Case:
@@ -91,27 +80,15 @@ def _lowpass(
     def one_gemm(x: Tensor) -> Tensor:
         return peers.pool_one_gemm(x, matrix(peers.upcast(x[:0]).dtype))
 
+    def inputs() -> tuple[Tensor]:
+        return (features(machine, whole, True, dtype),)
+
+    lowpass, eager = partial(lk.lowpass, scales=scales), partial(peers.pool_each_scale, scales=scales)
+    candidates = {"ours": lowpass, "eager": eager, "one-GEMM": one_gemm}
     moved = 2 * (math.prod(whole) + math.prod(whole[:2]) * cells) * dtype.itemsize
-    return Case(
-        "scaling",
-        f"lowpass-{label}",
-        shape,
-        "fwd+bwd",
-        lambda: (features(machine, whole, True, dtype),),
-        {
-            "ours": partial(lk.lowpass, scales=scales),
-            "eager": partial(peers.pool_each_scale, scales=scales),
-            "one-GEMM": one_gemm,
-        },
-        (Step(moved),),
-        "2 X + 2 Y bytes",
-        dtype=dtype,
-        op="lowpass",
-        size=math.prod(whole),
-        memory=True,
-        heaps=False,
-        **options,
-    )
+    steps, formula = (Step(moved),), "2 X + 2 Y bytes"
+    options |= {"dtype": dtype, "op": "lowpass", "size": math.prod(whole), "memory": True, "heaps": False}
+    return Case("scaling", f"lowpass-{label}", shape, "fwd+bwd", inputs, candidates, steps, formula, **options)
 
 
 @dataclass(frozen=True)
@@ -131,21 +108,10 @@ def _across_ranks(machine: Machine, dtype: torch.dtype, number: int, shape: tupl
     make_rows = partial(rows, machine, shape, True, dtype)
     world = ranks.World(machine.device, number, make_rows)
     losses = {"ours": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
-    return _AcrossRanks(
-        "scaling",
-        "info_nce-over-ranks",
-        (number, *shape),
-        "fwd+bwd",
-        make_rows,
-        {name: world.candidate(partial(loss, temperature=TEMPERATURE)) for name, loss in losses.items()},
-        dtype=dtype,
-        axis="ranks",
-        x=number,
-        memory=True,
-        heaps=False,
-        world=world,
-        close=world.close,
-    )
+    candidates = {name: world.candidate(partial(loss, temperature=TEMPERATURE)) for name, loss in losses.items()}
+    options = {"dtype": dtype, "axis": "ranks", "x": number, "memory": True, "heaps": False, "close": world.close}
+    label, shape = "info_nce-over-ranks", (number, *shape)
+    return _AcrossRanks("scaling", label, shape, "fwd+bwd", make_rows, candidates, world=world, **options)
 
 
 def _narrow(machine: Machine, shape: tuple[int, int]) -> tuple[int, int]:
