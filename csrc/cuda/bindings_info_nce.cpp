@@ -45,17 +45,17 @@ struct Packed : Rows {
   Tensor packed;  // student rows, then teacher rows
   Tensor numbers;  // factors, inverse lengths and tangents of both sides, then the inverse temperature
 
-  Packed(const Tensor& student, const Tensor& teacher, const Tensor& temperature, const Optional& student_ids,
-         const Optional& teacher_ids, int64_t positive_offset, bool normalize)
-      : Rows(student, teacher, temperature, student_ids, teacher_ids, positive_offset),
+  Packed(const char* op, const Tensor& student, const Tensor& teacher, const Tensor& temperature,
+         const Optional& student_ids, const Optional& teacher_ids, int64_t positive_offset, bool normalize)
+      : Rows(op, student, teacher, temperature, student_ids, teacher_ids, positive_offset),
         device(student),
-        type(type_of(student.scalar_type())),
+        type(type_of({op, "student"}, student)),
         batch(student.size(0)),
         keys(teacher.size(0)),
         width(student.size(1)),
         padded(fused_width()),
         gain(type == Type::float16 ? 0x1p15 : 1.0) {
-    STD_TORCH_CHECK(keys < int64_t(1) << 30, "lfcc: ", keys, " rows are more than the kernels count");
+    if (keys >= int64_t(1) << 30) lfcc::fail({op, "teacher"}, " has ", keys, " rows, expected less than 2^30");
     if (padded == 0) padded = (width + 15) / 16 * 16;
     packed = torch::stable::new_empty(student, {batch + keys, padded});
     numbers = empty({3 * (batch + keys) + 1});
@@ -182,7 +182,7 @@ void fused_pass(
 std::tuple<Tensor, Tensor, Tensor> info_nce(
     const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
     Optional teacher_ids, int64_t positive_offset, bool symmetric, bool normalize, bool mean) {
-  const Packed pair(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize);
+  const Packed pair("info_nce", student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize);
   const Tensor losses = pair.empty({pair.batch}), row_lse = pair.empty({pair.batch});
   const Tensor col_lse = pair.empty({symmetric ? pair.batch : 0});
   if (pair.fused()) {
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce(
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_one_pass(
     const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
     Optional teacher_ids, int64_t positive_offset, bool normalize, bool mean) {
-  const Packed pair(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize);
+  const Packed pair("info_nce_one_pass", student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize);
   const Tensor losses = pair.empty({pair.batch}), row_lse = pair.empty({pair.batch});
   const Tensor temperature_grad = pair.empty({pair.batch}), student_grad = pair.empty({pair.batch, pair.width});
   Tensor sums = pair.empty({pair.batch, pair.padded});
@@ -228,9 +228,9 @@ std::tuple<Tensor, Tensor> info_nce_grad(
     const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
     Optional teacher_ids, int64_t positive_offset, bool symmetric, bool normalize, const Tensor& row_lse,
     const Tensor& col_lse, bool of_teacher) {
-  const Packed pair(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize);
-  pair.check_numbers(grad), pair.check_numbers(row_lse);
-  if (symmetric) pair.check_numbers(col_lse);
+  const Packed pair("info_nce_grad", student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize);
+  pair.check_per_row("grad", grad), pair.check_per_row("row_lse", row_lse);
+  if (symmetric) pair.check_per_row("col_lse", col_lse);
   const Tensor upstream = torch::stable::contiguous(grad), along_rows = torch::stable::contiguous(row_lse);
   const Tensor along_columns = torch::stable::contiguous(col_lse);
   const cudaStream_t stream = pair.device.stream;
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor> info_nce_grad(
     return {side_grad, torch::stable::new_zeros(temperature, temperature.sizes())};
   const Tensor temperature_grad = torch::stable::new_empty(temperature, temperature.sizes());
   lfcc::cuda::total_of(
-      Total::sum, pair.sum_type(), slopes.data_ptr(), slopes.numel(), type_of(temperature.scalar_type()),
+      Total::sum, pair.sum_type(), slopes.data_ptr(), slopes.numel(), type_of({pair.op, "temperature"}, temperature),
       temperature_grad.data_ptr(), stream);
   return {side_grad, temperature_grad};
 }

@@ -21,13 +21,13 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace lfcc::cuda {
 
-inline Type type_of(ScalarType dtype) {
-  switch (dtype) {
+inline Type type_of(const Argument& argument, const Tensor& t) {
+  switch (t.scalar_type()) {
     case ScalarType::Double: return Type::float64;
     case ScalarType::Float: return Type::float32;
     case ScalarType::BFloat16: return Type::bfloat16;
     case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "lfcc: expected float64, float32, bfloat16 or float16");
+    default: fail_dtype(argument, t);
   }
 }
 
