@@ -1,4 +1,4 @@
-// Schemas and CPU kernels of the namespace lfcc.
+// Op schemas and CPU implementations of the namespace lfcc.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

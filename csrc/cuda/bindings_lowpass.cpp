@@ -1,5 +1,5 @@
-// The ops lfcc::lowpass... of the overload `cuda`, on libtorch's stable ABI; their schemas are in
-// lfcc_kernels/ops/lowpass.py. The emulation registers the same functions for tensors on the CPU.
+// The `cuda` overloads of lfcc::lowpass..., on libtorch's stable ABI; their schemas are in lfcc_kernels/ops/lowpass.py.
+// The emulation registers the same functions for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -16,7 +16,7 @@ using lfcc::cuda::OnDevice, lfcc::cuda::PooledMap, lfcc::cuda::type_of;
 using Tensors = std::vector<Tensor>;
 using Grids = std::vector<Sizes>;  // of each map, empty if it is not tokens
 
-// A map as the launchers take it, with the filters that it points at.
+// A map for the launchers, and ownership of the filters that it points to.
 struct Pooled {
   PooledMap map;
   Optional row_filters, col_filters;
@@ -179,12 +179,12 @@ std::tuple<Tensor, Tensor> lowpass_filter_grad(
   const Tensor grad_cols = torch::stable::new_empty(col_filters, col_filters.sizes());
   const Pooled pooled(x, shape, dense, scales, row_filters, col_filters);
   Tensor parts;
-  const auto memory = [&](int64_t numbers) {
-    parts = torch::stable::new_empty(row_filters, {numbers});
+  const auto allocate = [&](int64_t count) {
+    parts = torch::stable::new_empty(row_filters, {count});
     return parts.data_ptr();
   };
   lfcc::cuda::lowpass_filter_grad(
-      pooled.map, type_of(argument, x), scales, memory, grad_rows.data_ptr(), grad_cols.data_ptr(), device.stream);
+      pooled.map, type_of(argument, x), scales, allocate, grad_rows.data_ptr(), grad_cols.data_ptr(), device.stream);
   return {grad_rows, grad_cols};
 }
 
@@ -194,7 +194,7 @@ STABLE_TORCH_LIBRARY_IMPL(lfcc, LFCC_CUDA_KEY, m) {
   LFCC_IMPLEMENT(m, lowpass);
   LFCC_IMPLEMENT(m, lowpass_input_grad);
   LFCC_IMPLEMENT(m, lowpass_filter_grad);
-  // Of these Python alone has schemas.
+  // Their schemas are defined in Python only.
   m.impl("lowpass_foreach.cuda", TORCH_BOX(&lowpass_foreach));
   m.impl("lowpass_foreach_input_grad.cuda", TORCH_BOX(&lowpass_foreach_input_grad));
 }
