@@ -2,7 +2,7 @@
 
 namespace lfcc {
 
-// The type in which sums over T are taken.
+// The type that accumulates values of T.
 template <typename T>
 struct accumulator {
   using type = float;

@@ -1,4 +1,4 @@
-// Schemas and CPU kernels of the namespace lfcc.
+// Op schemas and CPU implementations of the namespace lfcc.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -14,18 +14,18 @@
 namespace {
 
 using lfcc::BFloat16, lfcc::Half, lfcc::acc_t;
-using lfcc::MapShape, lfcc::Optional, lfcc::Rows, lfcc::ScalarType, lfcc::Sizes, lfcc::Tensor;
+using lfcc::Argument, lfcc::MapShape, lfcc::Optional, lfcc::Rows, lfcc::ScalarType, lfcc::Sizes, lfcc::Tensor;
 using lfcc::read, lfcc::write;
 
-// Calls body(T()) with the kernel's type for a dtype.
+// Calls body(T()) with the kernel's element type for the dtype of `t`.
 template <typename Body>
-void for_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
+void for_dtype(const Argument& argument, const Tensor& t, const Body& body) {
+  switch (t.scalar_type()) {
     case ScalarType::Double: return body(double());
     case ScalarType::Float: return body(float());
     case ScalarType::BFloat16: return body(BFloat16());
     case ScalarType::Half: return body(Half());
-    default: STD_TORCH_CHECK(false, "lfcc: expected float64, float32, bfloat16 or float16");
+    default: lfcc::fail_dtype(argument, t);
   }
 }
 
@@ -47,10 +47,11 @@ lfcc::Filters<A> filters_of(
 
 Tensor lowpass(
     const Tensor& input, Sizes scales, Optional row_filters, Optional col_filters, Sizes grid, int64_t prefix_tokens) {
-  const Tensor x = lfcc::readable(input);
-  const MapShape shape(x, grid, prefix_tokens);
-  const Tensor y = torch::stable::new_empty(x, {shape.batch, lfcc::cells_of(scales), shape.channels});
-  for_dtype(x.scalar_type(), [&](auto type) {
+  const Argument argument{"lowpass", "x"};
+  const Tensor x = lfcc::readable(argument, input);
+  const MapShape shape(argument, x, grid, prefix_tokens);
+  const Tensor y = torch::stable::new_empty(x, {shape.batch, lfcc::count_cells(scales), shape.channels});
+  for_dtype(argument, x, [&](auto type) {
     using T = decltype(type);
     const auto filters = filters_of<acc_t<T>>(shape, scales, row_filters, col_filters, x.scalar_type());
     lfcc::lowpass(filters, map_of(shape, read<T>(x)), write<T>(y));
@@ -61,11 +62,12 @@ Tensor lowpass(
 Tensor lowpass_input_grad(
     const Tensor& grad, Sizes size, bool channels_last, Sizes scales, Optional row_filters, Optional col_filters,
     Sizes grid, int64_t prefix_tokens) {
-  const Tensor grad_x = lfcc::empty_map(grad, size, channels_last);
-  const MapShape shape(grad_x, grid, prefix_tokens);
-  shape.check_gradient(grad, scales);
+  const Argument argument{"lowpass_input_grad", "size"};
+  const Tensor grad_x = lfcc::empty_map(argument, grad, size, channels_last);
+  const MapShape shape(argument, grad_x, grid, prefix_tokens);
+  shape.check_gradient(argument.named("grad"), grad, scales, grad.scalar_type());
   const Tensor dense = torch::stable::contiguous(grad);
-  for_dtype(grad.scalar_type(), [&](auto type) {
+  for_dtype(argument.named("grad"), grad, [&](auto type) {
     using T = decltype(type);
     const auto filters = filters_of<acc_t<T>>(shape, scales, row_filters, col_filters, grad.scalar_type());
     T* data = write<T>(grad_x);
@@ -80,14 +82,14 @@ Tensor lowpass_input_grad(
 std::tuple<Tensor, Tensor> lowpass_filter_grad(
     const Tensor& grad, const Tensor& input, Sizes scales, const Tensor& row_filters, const Tensor& col_filters,
     Sizes grid, int64_t prefix_tokens) {
-  STD_TORCH_CHECK(grad.scalar_type() == input.scalar_type(), "lfcc: the gradient is not of the map's type");
-  const Tensor x = lfcc::readable(input);
-  const MapShape shape(x, grid, prefix_tokens);
-  shape.check_gradient(grad, scales);
+  const Argument argument{"lowpass_filter_grad", "x"};
+  const Tensor x = lfcc::readable(argument, input);
+  const MapShape shape(argument, x, grid, prefix_tokens);
+  shape.check_gradient(argument.named("grad"), grad, scales, x.scalar_type());
   const Tensor dense = torch::stable::contiguous(grad);
   const Tensor grad_rows = torch::stable::new_empty(row_filters, row_filters.sizes());
   const Tensor grad_cols = torch::stable::new_empty(col_filters, col_filters.sizes());
-  for_dtype(x.scalar_type(), [&](auto type) {
+  for_dtype(argument, x, [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
     const auto filters = filters_of<A>(shape, scales, row_filters, col_filters, x.scalar_type());
@@ -118,11 +120,11 @@ Tensor reduced(const Rows& rows, const Tensor& losses, bool mean) {
 std::tuple<Tensor, Tensor, Tensor> info_nce(
     const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
     Optional teacher_ids, int64_t positive_offset, bool symmetric, bool normalize, bool mean) {
-  const Rows rows(student, teacher, temperature, student_ids, teacher_ids, positive_offset);
+  const Rows rows("info_nce", student, teacher, temperature, student_ids, teacher_ids, positive_offset);
   const int64_t batch = student.size(0);
   Tensor losses = rows.empty({batch});
   const Tensor row_lse = rows.empty({batch}), col_lse = rows.empty({symmetric ? batch : 0});
-  for_dtype(student.scalar_type(), [&](auto type) {
+  for_dtype({rows.op, "student"}, student, [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
     lfcc::info_nce(pair_of<T>(rows, symmetric, normalize), write<A>(losses), write<A>(row_lse), write<A>(col_lse));
@@ -134,12 +136,12 @@ std::tuple<Tensor, Tensor, Tensor> info_nce(
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_one_pass(
     const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
     Optional teacher_ids, int64_t positive_offset, bool normalize, bool mean) {
-  const Rows rows(student, teacher, temperature, student_ids, teacher_ids, positive_offset);
+  const Rows rows("info_nce_one_pass", student, teacher, temperature, student_ids, teacher_ids, positive_offset);
   const int64_t batch = student.size(0);
   Tensor losses = rows.empty({batch});
   const Tensor row_lse = rows.empty({batch}), temperature_grad = rows.empty({batch});
   const Tensor student_grad = rows.empty({batch, student.size(1)});
-  for_dtype(student.scalar_type(), [&](auto type) {
+  for_dtype({rows.op, "student"}, student, [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
     lfcc::info_nce_one_pass(
@@ -154,15 +156,15 @@ std::tuple<Tensor, Tensor> info_nce_grad(
     const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& temperature, Optional student_ids,
     Optional teacher_ids, int64_t positive_offset, bool symmetric, bool normalize, const Tensor& row_lse,
     const Tensor& col_lse, bool of_teacher) {
-  const Rows rows(student, teacher, temperature, student_ids, teacher_ids, positive_offset);
-  rows.check_numbers(grad), rows.check_numbers(row_lse);
-  if (symmetric) rows.check_numbers(col_lse);
+  const Rows rows("info_nce_grad", student, teacher, temperature, student_ids, teacher_ids, positive_offset);
+  rows.check_per_row("grad", grad), rows.check_per_row("row_lse", row_lse);
+  if (symmetric) rows.check_per_row("col_lse", col_lse);
   const Tensor& side = of_teacher ? teacher : student;
   const Tensor side_grad = torch::stable::new_empty(side, {side.size(0), side.size(1)});
   const Tensor temperature_grad = torch::stable::new_empty(temperature, {});
   const Tensor upstream = torch::stable::contiguous(grad), along_rows = torch::stable::contiguous(row_lse);
   const Tensor along_cols = torch::stable::contiguous(col_lse);
-  for_dtype(student.scalar_type(), [&](auto type) {
+  for_dtype({rows.op, "student"}, student, [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
     A total;

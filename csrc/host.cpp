@@ -1,5 +1,5 @@
-// The Python module lfcc_kernels._host: what the build holds, what this CPU has, and how fast it copies memory.
-// It has no torch header, and the kernels do not need it.
+// The Python module lfcc_kernels._host: facts about the build and the CPU, and the CPU's copy bandwidth. It includes no
+// torch header, and the kernels do not need it.
 #include <pybind11/pybind11.h>
 
 #include <omp.h>
@@ -35,7 +35,7 @@ py::dict build() {
   return facts;
 }
 
-// The level whose clones the loader picks on this CPU.
+// The level whose clones the loader selects on this CPU.
 const char* cpu_level() {
 #ifdef LFCC_CLONED
   __builtin_cpu_init();
@@ -45,7 +45,7 @@ const char* cpu_level() {
   return "baseline";
 }
 
-// Copies past the caches, as kernels write what nobody reads soon; a plain store first reads the line it writes to.
+// Copies bypassing the caches, as kernels write large outputs; a plain store would first read the line it writes to.
 void stream_copy(char* destination, const char* source, size_t bytes) {
 #ifdef __SSE2__
   const size_t vectors = bytes / sizeof(__m128i);
@@ -70,7 +70,7 @@ double copy_bandwidth(size_t bytes, int repeats) {
   const auto source = buffer(), destination = buffer();
   if (!source || !destination) throw std::bad_alloc();
   double best = std::numeric_limits<double>::infinity();
-  // The first round is not counted: it brings the pages in, each where the thread that copies it runs.
+  // The first round is not timed: it maps the pages, on the NUMA node of the thread that copies them.
   for (int round = 0; round <= repeats; ++round) {
     for (const auto copy : {plain_copy, stream_copy}) {
       const auto start = std::chrono::steady_clock::now();
@@ -92,11 +92,11 @@ double copy_bandwidth(size_t bytes, int repeats) {
 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Facts about the build of lfcc_kernels and about this CPU.";
-  module.def("build", &build, "Compiler, flags, torch and machine of the build, and what its kernels were compiled for.");
+  module.def("build", &build, "Compiler, flags, torch and machine of the build, and the targets of its kernels.");
   module.def("cpu_level", &cpu_level, "The level whose kernels run on this CPU: 'baseline', 'AVX2' or 'AVX-512'.");
-  module.def("cores", &omp_get_num_procs, "Cores that this process may use.");
+  module.def("cores", &omp_get_num_procs, "Number of cores that this process may use.");
   module.def("copy_bandwidth", &copy_bandwidth, py::arg("bytes"), py::arg("repeats"),
              py::call_guard<py::gil_scoped_release>(),
-             "Gigabytes (1e9) read plus written in a second by a copy of that many bytes on all OpenMP threads: the best "
-             "of `repeats`, by memcpy or by stores past the caches, whichever is faster.");
+             "Gigabytes (1e9) read plus written per second by a copy of `bytes` bytes on all OpenMP threads: the best "
+             "of `repeats`, by memcpy or by streaming stores, whichever is faster.");
 }

@@ -1,9 +1,9 @@
-// In-batch contrastive loss of rows (B, D) against keys (K, D), row i's positive being key positive_offset + i.
+// In-batch contrastive loss of rows (B, D) against keys (K, D); the positive of row i is key positive_offset + i.
 //
-// With unit rows q_i, k_j (or the rows as they are, where `normalize` is false) and A_ij = <q_i, k_j> / temperature:
+// With unit rows q_i, k_j (or the rows themselves if `normalize` is false) and A_ij = <q_i, k_j> / temperature:
 //   rows       L_i = LSE_j A_ij - A_ip
 //   symmetric  L_i = (LSE_j A_ij + LSE_i' A_i'p - 2 A_ip) / 2, the second LSE over the B rows
-// A pair with equal ids that is not a positive is left out. Kernels know pointers and sizes, no torch.
+// A pair with equal ids that is not a positive is excluded. Kernels are independent of torch.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +24,11 @@ struct Pair {
   bool symmetric, normalize;
 };
 
-// losses and row_lse (B,); col_lse (B,) of the positives' columns, read only where symmetric. 2 B K D FLOPs.
+// losses and row_lse (B,); col_lse (B,) of the positives' columns, written only if symmetric. 2 B K D FLOPs.
 template <typename T, typename A>
 void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse);
 
-// Also dL_i/drow_i (B, D) and dL_i/dtemperature (B,) out of the same pass, not symmetric. 4 B K D FLOPs.
+// Also dL_i/drow_i (B, D) and dL_i/dtemperature (B,) in the same pass; not symmetric. 4 B K D FLOPs.
 template <typename T, typename A>
 void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, A* temperature_grad);
 

@@ -68,7 +68,7 @@ def _triton() -> str:
         return f"Triton {version} in its interpreter, CPU tensors, for tests"
     from lfcc_kernels.backends.triton import runtime, tiles
 
-    table = tiles.table(runtime.chip(torch.device("cuda")).capability)
+    table = tiles.table(runtime.device_props(torch.device("cuda")).capability)
     return f"Triton {version} on {torch.cuda.get_device_name()}, tiles {table['source']}"
 
 

@@ -123,7 +123,7 @@ def test_wheel(tmp_path):
     assert {"lfcc_kernels/_C.abi3.so", "lfcc_kernels/py.typed"} <= set(names)
     assert any(re.fullmatch(r"lfcc_kernels/_host\..*so", name) for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lfcc_kernels"}
-    assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", ".o")) or "tests" in name]
+    assert not [name for name in names if name.endswith((".cpp", ".cu", ".cuh", ".h", ".o")) or "tests" in name]
     assert any(name.endswith("LICENSE") for name in names)
 
     used = run(sys.executable, "-c", USE_THE_PACKAGE, cwd=tmp_path / "site")
@@ -234,9 +234,9 @@ def test_torch_without_cuda(build, install_toolkit, monkeypatch, capsys):
     ("of_torch", "of_nvcc", "architectures", "message"),
     [
         ("13.0", "", "", "no CUDA toolkit .* install CUDA 13.0, or set CUDA_HOME"),
-        ("12.9", "13.0", "", "nvcc 13.0 of .* does not go with the CUDA 12.9 of torch .* install CUDA 12.9"),
-        ("12.6", "12.6", "", "nvcc 12.6 of .* does not know sm_100.* install CUDA 12.8 or newer"),
-        ("13.0", "13.0", "7.5", "TORCH_CUDA_ARCH_LIST=7.5 names no architecture from 8.0 on.* set it as in 8.0;9.0"),
+        ("12.9", "13.0", "", "nvcc 13.0 of .* does not match CUDA 12.9 of torch .* install CUDA 12.9"),
+        ("12.6", "12.6", "", "nvcc 12.6 of .* does not support sm_100.* install CUDA 12.8 or newer"),
+        ("13.0", "13.0", "7.5", "TORCH_CUDA_ARCH_LIST=7.5 names no architecture of 8.0 or newer.* such as 8.0;9.0"),
         ("13.0", "13.0", "Turin", "TORCH_CUDA_ARCH_LIST=Turin names no architecture"),
     ],
 )

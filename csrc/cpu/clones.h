@@ -1,8 +1,8 @@
-// The CPU levels that kernels are compiled for; the loader picks the best that the machine has.
+// The CPU levels that kernels are compiled for; the loader selects the best one that the CPU supports.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-// One build, the instruction set chosen when the library is loaded. Code called from a clone must be inlined into it.
+// One build; the instruction set is selected when the library is loaded. Functions called by a clone must be inlined.
 #define LFCC_CLONED
 #define LFCC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define LFCC_CPU_LEVELS "baseline, AVX2, AVX-512"

@@ -1,10 +1,10 @@
-// Row-major products by the BLAS that libtorch carries, called without torch's overhead from one thread.
+// Row-major matrix products by the BLAS inside libtorch, called directly from one thread, without torch's overhead.
 #pragma once
 
 #include <cstdint>
 
 extern "C" {
-// Weak: builds of libtorch whose BLAS has no Fortran symbols still load, and take the loops below.
+// Weak, so that the library also loads with a libtorch whose BLAS has no Fortran symbols; it then uses the loops below.
 __attribute__((weak)) void sgemm_(
     const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*,
     const int*, const float*, float*, const int*);

@@ -1,12 +1,13 @@
-// info_nce on the CPU. A block of up to 256 rows is one unit of work for one thread, which walks over tiles of keys:
-// a library product gives the tile's logits, cache-sized, the functions of info_nce_tile.h turn them into softmax
-// weights, and a second product adds weights times keys to the block's gradient. The maximum runs along (as in
-// "Online normalizer calculation for softmax", arXiv 1805.02867), so any temperature is safe and B x K is never held.
+// info_nce on the CPU. A block of up to 256 rows is the unit of work of a thread, which loops over tiles of keys: a
+// product by the library gives the logits of a tile, which fit in cache, the functions of info_nce_tile.h turn them
+// into softmax weights, and a second product adds weights times keys to the block's gradient. The softmax is online
+// ("Online normalizer calculation for softmax", arXiv 1805.02867), so any temperature is safe and B x K is never
+// stored.
 //
-// Blocks are fixed by the shapes, never by the number of threads. Working memory a thread: one tile of logits, and a
-// block of the gradient where it is not the result; also a block of rows and a tile of keys where they are raised from
-// a smaller type or have extreme norms. Reads B D values and (B / 256) K D from the last cache; FLOPs are in info_nce.h.
-// Small batches have a way of their own, in info_nce_small.h.
+// Blocks depend on the shapes only, not on the number of threads. Workspace per thread: a tile of logits, a block of
+// the gradient unless it is the output, and, if they are widened or have extreme norms, a block of rows and a tile of
+// keys. Reads B D values, and (B / 256) K D from the last-level cache; FLOPs are in info_nce.h. Small batches use
+// info_nce_small.h.
 #include "info_nce.h"
 
 #include <algorithm>
@@ -19,12 +20,12 @@
 namespace lfcc {
 namespace {
 
-constexpr int64_t TILE_KEYS = 1024;  // with 256 rows a MiB of products, which the second cache holds
+constexpr int64_t TILE_KEYS = 1024;  // with 256 rows a MiB of products, which fits in L2
 
 int64_t block_rows(int64_t count, int64_t width) {
-  // Fewer than 64 rows make slow products; from there on eight blocks to share, and at most 2 MiB a block.
-  const int64_t shared = (count + 7) / 8, fitting = (int64_t(1) << 19) / width;
-  return std::max<int64_t>(64, std::min({int64_t(256), (shared + 15) / 16 * 16, fitting / 16 * 16}));
+  // Products of fewer than 64 rows are slow; otherwise eight blocks to distribute, of at most 2 MiB each.
+  const int64_t eighth = (count + 7) / 8, fitting = (int64_t(1) << 19) / width;
+  return std::max<int64_t>(64, std::min({int64_t(256), (eighth + 15) / 16 * 16, fitting / 16 * 16}));
 }
 
 int64_t tile_keys(int64_t count, int64_t width) {
@@ -32,24 +33,24 @@ int64_t tile_keys(int64_t count, int64_t width) {
   return std::min({TILE_KEYS, fitting, count});
 }
 
-// A block of rows, and the fixed share of all blocks that it is in; shares are the unit of work.
+// A block of rows, and the part of all blocks that contains it; parts are fixed and are the unit of work.
 struct Block {
-  int64_t share, first, rows;
+  int64_t part, first, rows;
 };
 
-// Calls worker(next) on each thread, where next(&block) is whether there is another block of up to `size` rows for it;
-// a share has `work` products.
+// Calls worker(next) on each thread, where next(&block) returns whether there is another block of up to `size` rows for
+// it. A part has `work` products.
 template <typename Worker>
 void for_blocks(int64_t rows, int64_t size, int64_t work, const Worker& worker) {
-  const int64_t blocks = (rows + size - 1) / size, shares = std::min(blocks, MAX_UNITS);
-  share_out(shares, work, [&](Ranges& ranges) {
-    int64_t share = 0, shares_end = 0, at = 0, end = 0;
+  const int64_t blocks = (rows + size - 1) / size, parts = std::min(blocks, MAX_PARTS);
+  distribute(parts, work, [&](Ranges& ranges) {
+    int64_t part = 0, parts_end = 0, at = 0, end = 0;
     worker([&](Block* block) {
       if (at == end) {
-        if (++share >= shares_end && !ranges.take(&share, &shares_end)) return false;
-        at = share * blocks / shares, end = (share + 1) * blocks / shares;
+        if (++part >= parts_end && !ranges.take(&part, &parts_end)) return false;
+        at = part * blocks / parts, end = (part + 1) * blocks / parts;
       }
-      *block = {share, at * size, std::min(size, rows - at * size)};
+      *block = {part, at * size, std::min(size, rows - at * size)};
       ++at;
       return true;
     });
@@ -68,16 +69,16 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
   const int64_t block = block_rows(rows.count, rows.width), n_tile = tile_keys(keys.count, keys.width);
   const int64_t blocks = (rows.count + block - 1) / block, offset = pair.positive_offset;
   const A none = -std::numeric_limits<A>::infinity();
-  std::vector<std::vector<A>> col_maximum(MAX_UNITS), col_sum(MAX_UNITS);  // of each share of the rows
+  std::vector<std::vector<A>> col_m(MAX_PARTS), col_l(MAX_PARTS);  // of each part of the rows
 
   for_blocks(rows.count, block, block * keys.count * keys.width, [&](const auto& next) {
     Workspace<T, A> work(rows, keys, block, n_tile);
     std::vector<tile::Softmax<A>> softmax(block);
-    std::vector<A> before(n_tile);
+    std::vector<A> m_old(n_tile);
     for (Block taken; next(&taken);) {
-      const auto [share, first, m] = taken;
-      if (pair.symmetric && col_sum[share].empty())
-        col_maximum[share].assign(rows.count, none), col_sum[share].assign(rows.count, A(0));
+      const auto [part, first, m] = taken;
+      if (pair.symmetric && col_l[part].empty())
+        col_m[part].assign(rows.count, none), col_l[part].assign(rows.count, A(0));
       work.load_rows(first, m, pair.temperature);
       std::fill(softmax.begin(), softmax.end(), tile::Softmax<A>());
       for (int64_t key = 0; key < keys.count; key += n_tile) {
@@ -85,17 +86,17 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
         work.load_tile(key, m, n);
         for (int64_t i = 0; i < m; ++i) {
           const int64_t positive = offset + first + i - key;
-          if (pair.row_ids) leave_out(work.row(i), pair.key_ids + key, pair.row_ids[first + i], n, positive);
+          if (pair.row_ids) exclude_ids(work.row(i), pair.key_ids + key, pair.row_ids[first + i], n, positive);
           if (positive >= 0 && positive < n) losses[first + i] = -work.logit(i, positive);
-          tile::add_to_softmax(work.row(i), work.by[i], work.key_scale, n, &softmax[i]);
+          tile::online_softmax(work.row(i), work.row_scale[i], work.key_scale, n, &softmax[i]);
         }
         const int64_t col = std::max(key, offset), col_end = std::min(key + n, offset + rows.count);
         if (!pair.symmetric || col >= col_end) continue;
         tile::online_columns(
-            work.row(0) + (col - key), m, col_end - col, n_tile, col_maximum[share].data() + (col - offset),
-            col_sum[share].data() + (col - offset), before.data());
+            work.row(0) + (col - key), m, col_end - col, n_tile, col_m[part].data() + (col - offset),
+            col_l[part].data() + (col - offset), m_old.data());
       }
-      for (int64_t i = 0; i < m; ++i) row_lse[first + i] = softmax[i].maximum + std::log(softmax[i].sum);
+      for (int64_t i = 0; i < m; ++i) row_lse[first + i] = softmax[i].m_i + std::log(softmax[i].l_i);
     }
   });
   for (int64_t i = 0; i < rows.count; ++i) {
@@ -103,12 +104,11 @@ void info_nce(const Pair<T>& pair, A* losses, A* row_lse, A* col_lse) {
       losses[i] += row_lse[i];
       continue;
     }
-    A maximum = none, sum = 0;
-    const int64_t shares = std::min(blocks, MAX_UNITS);
-    for (int64_t share = 0; share < shares; ++share) maximum = std::max(maximum, col_maximum[share][i]);
-    for (int64_t share = 0; share < shares; ++share)
-      sum += col_sum[share][i] * std::exp(col_maximum[share][i] - maximum);
-    col_lse[i] = maximum + std::log(sum);
+    A m_i = none, l_i = 0;
+    const int64_t parts = std::min(blocks, MAX_PARTS);
+    for (int64_t part = 0; part < parts; ++part) m_i = std::max(m_i, col_m[part][i]);
+    for (int64_t part = 0; part < parts; ++part) l_i += col_l[part][i] * std::exp(col_m[part][i] - m_i);
+    col_lse[i] = m_i + std::log(l_i);
     losses[i] += (row_lse[i] + col_lse[i]) / 2;
   }
 }
@@ -128,34 +128,34 @@ void info_nce_one_pass(const Pair<T>& pair, A* losses, A* row_lse, A* row_grad, 
     Workspace<T, A> work(rows, keys, block, n_tile);
     std::vector<tile::Softmax<A>> softmax(block);
     for (Block taken; next(&taken);) {
-      const auto [share, first, m] = taken;
-      A* output = row_grad + first * width;  // sum of softmax weights times keys, then the gradient
+      const auto [part, first, m] = taken;
+      A* acc = row_grad + first * width;  // sum_j p_ij k_j, then the gradient
       work.load_rows(first, m, pair.temperature);
-      std::fill(output, output + m * width, A(0));
+      std::fill(acc, acc + m * width, A(0));
       std::fill(softmax.begin(), softmax.end(), tile::Softmax<A>());
       for (int64_t key = 0; key < keys.count; key += n_tile) {
         const int64_t n = std::min(n_tile, keys.count - key);
         work.load_tile(key, m, n);
         for (int64_t i = 0; i < m; ++i) {
           const int64_t positive = pair.positive_offset + first + i - key;
-          if (pair.row_ids) leave_out(work.row(i), pair.key_ids + key, pair.row_ids[first + i], n, positive);
+          if (pair.row_ids) exclude_ids(work.row(i), pair.key_ids + key, pair.row_ids[first + i], n, positive);
           if (positive >= 0 && positive < n) losses[first + i] = -work.logit(i, positive);
-          const A correction =
-              tile::turn_to_weights(work.row(i), work.by[i], work.key_scale, n, &softmax[i]);
-          if (correction != 1) tile::raise(output + i * width, width, correction, output + i * width);
+          const A alpha =
+              tile::online_softmax_weights(work.row(i), work.row_scale[i], work.key_scale, n, &softmax[i]);
+          if (alpha != 1) tile::widen(acc + i * width, width, alpha, acc + i * width);
         }
-        work.add_keys(m, n, output);
+        work.add_keys(m, n, acc);
       }
       for (int64_t i = 0; i < m; ++i) {
         const int64_t row = first + i, positive = pair.positive_offset + row;
-        const auto [maximum, sum, mean] = softmax[i];
-        const A along = keys.count == 1 ? A(0) : mean / sum + (losses[row] + maximum);  // sum_j softmax_j A_j - A_p
-        tile::through_norm(
-            output + i * width, 1 / (sum * temperature), keys.at(positive), keys.scale[positive] / temperature,
-            rows.at(row), rows.scale[row], rows.projected(row, along), rows.inverse(row), width);
-        if (keys.count == 1) std::fill(output, output + width, A(0));  // constant, but for rounding
-        temperature_grad[row] = -along / temperature;
-        row_lse[row] = maximum + std::log(sum);
+        const auto [m_i, l_i, dtau] = softmax[i];
+        const A dot = keys.count == 1 ? A(0) : dtau / l_i + (losses[row] + m_i);  // sum_j softmax_j A_j - A_p
+        tile::norm_backward(
+            acc + i * width, 1 / (l_i * temperature), keys.at(positive), keys.scale[positive] / temperature,
+            rows.at(row), rows.scale[row], rows.projection(row, dot), rows.inverse_norm(row), width);
+        if (keys.count == 1) std::fill(acc, acc + width, A(0));  // exactly: the loss is constant
+        temperature_grad[row] = -dot / temperature;
+        row_lse[row] = m_i + std::log(l_i);
         losses[row] += row_lse[row];
       }
     }
@@ -166,76 +166,77 @@ template <typename T, typename A>
 void info_nce_grad(
     const Pair<T>& pair, const A* grad, const A* row_lse, const A* col_lse, bool of_keys, T* side_grad,
     A* temperature_grad) {
-  if (pair.batch == 1 && pair.key_count == 1) {  // constant, but for rounding
+  if (pair.batch == 1 && pair.key_count == 1) {  // the loss is constant
     std::fill(side_grad, side_grad + pair.width, T());
     *temperature_grad = 0;
     return;
   }
   const Side<T, A> rows(pair.rows, pair.batch, pair.row_stride, pair.width, pair.normalize);
   const Side<T, A> keys(pair.keys, pair.key_count, pair.key_stride, pair.width, pair.normalize);
-  // Softmaxes along one's own row and across it, each with a weight and a log-sum-exp an element; a weight of 0 with
-  // an infinite lse where an element has none.
+  // Upstream gradient and log-sum-exp of the row softmax, one per row, and of the column softmax, one per key. A key
+  // without a loss has a gradient of 0 and an infinite log-sum-exp.
   const A infinity = std::numeric_limits<A>::infinity();
-  std::vector<A> row_weight(rows.count), key_weight(keys.count, A(0)), key_lse(keys.count, infinity);
+  std::vector<A> grad_of_rows(rows.count), grad_of_keys(keys.count, A(0)), lse_of_keys(keys.count, infinity);
   for (int64_t i = 0; i < rows.count; ++i) {
-    row_weight[i] = pair.symmetric ? grad[i] / 2 : grad[i];
+    grad_of_rows[i] = pair.symmetric ? grad[i] / 2 : grad[i];
     if (!pair.symmetric) continue;
-    key_weight[pair.positive_offset + i] = grad[i] / 2;
-    key_lse[pair.positive_offset + i] = col_lse[i];
+    grad_of_keys[pair.positive_offset + i] = grad[i] / 2;
+    lse_of_keys[pair.positive_offset + i] = col_lse[i];
   }
-  const Side<T, A>&own = of_keys ? keys : rows, &other = of_keys ? rows : keys;
-  const A *own_weight = of_keys ? key_weight.data() : row_weight.data(), *own_lse = of_keys ? key_lse.data() : row_lse;
-  const A *other_weight = of_keys ? row_weight.data() : key_weight.data();
-  const A *other_lse = of_keys ? row_lse : key_lse.data();
-  const int64_t *own_ids = of_keys ? pair.key_ids : pair.row_ids, *other_ids = of_keys ? pair.row_ids : pair.key_ids;
-  const int64_t to_positive = of_keys ? -pair.positive_offset : pair.positive_offset;
-  const bool along_own = pair.symmetric || !of_keys, along_other = pair.symmetric || of_keys;
+  // q is the side whose gradient is computed.
+  const Side<T, A>&q = of_keys ? keys : rows, &k = of_keys ? rows : keys;
+  const A *q_grad = of_keys ? grad_of_keys.data() : grad_of_rows.data();
+  const A *k_grad = of_keys ? grad_of_rows.data() : grad_of_keys.data();
+  const A *q_lse = of_keys ? lse_of_keys.data() : row_lse, *k_lse = of_keys ? row_lse : lse_of_keys.data();
+  const int64_t *q_ids = of_keys ? pair.key_ids : pair.row_ids, *k_ids = of_keys ? pair.row_ids : pair.key_ids;
+  const int64_t shift = of_keys ? -pair.positive_offset : pair.positive_offset;
+  const bool row_softmax = pair.symmetric || !of_keys, col_softmax = pair.symmetric || of_keys;
 
-  const int64_t block = block_rows(own.count, own.width), n_tile = tile_keys(other.count, other.width);
-  const int64_t width = own.width;
+  const int64_t block = block_rows(q.count, q.width), n_tile = tile_keys(k.count, k.width);
+  const int64_t width = q.width;
   const A temperature = A(pair.temperature);
-  std::vector<A> along(own.count);
+  std::vector<A> dots(q.count);
 
-  for_blocks(own.count, block, block * other.count * width, [&](const auto& next) {
-    Workspace<T, A> work(own, other, block, n_tile);
-    std::vector<A> output(block * width);
+  for_blocks(q.count, block, block * k.count * width, [&](const auto& next) {
+    Workspace<T, A> work(q, k, block, n_tile);
+    std::vector<A> acc(block * width);
     for (Block taken; next(&taken);) {
-      const auto [share, first, m] = taken;
+      const auto [part, first, m] = taken;
       work.load_rows(first, m, pair.temperature);
-      std::fill(output.begin(), output.end(), A(0));
-      for (int64_t key = 0; key < other.count; key += n_tile) {
-        const int64_t n = std::min(n_tile, other.count - key);
+      std::fill(acc.begin(), acc.end(), A(0));
+      for (int64_t key = 0; key < k.count; key += n_tile) {
+        const int64_t n = std::min(n_tile, k.count - key);
         work.load_tile(key, m, n);
         for (int64_t i = 0; i < m; ++i) {
           A* products = work.row(i);
-          const A by = work.by[i], *scale = work.key_scale;
-          const int64_t row = first + i, positive = row + to_positive - key;
-          if (own_ids) leave_out(products, other_ids + key, own_ids[row], n, positive);
-          if (along_own && along_other)
-            tile::both_softmaxes(
-                products, by, scale, own_weight[row], own_lse[row], other_weight + key, other_lse + key, n);
-          else if (along_own)
-            tile::own_softmax(products, by, scale, own_weight[row], own_lse[row], n);
+          const A row_scale = work.row_scale[i], *key_scale = work.key_scale;
+          const int64_t row = first + i, positive = row + shift - key;
+          if (q_ids) exclude_ids(products, k_ids + key, q_ids[row], n, positive);
+          if (row_softmax && col_softmax)
+            tile::row_col_weights(
+                products, row_scale, key_scale, q_grad[row], q_lse[row], k_grad + key, k_lse + key, n);
+          else if (row_softmax)
+            tile::row_weights(products, row_scale, key_scale, q_grad[row], q_lse[row], n);
           else
-            tile::other_softmax(products, by, scale, other_weight + key, other_lse + key, n);
+            tile::col_weights(products, row_scale, key_scale, k_grad + key, k_lse + key, n);
           if (positive >= 0 && positive < n)
-            products[positive] -= grad[of_keys ? key + positive : row] * scale[positive];
+            products[positive] -= grad[of_keys ? key + positive : row] * key_scale[positive];
         }
-        work.add_keys(m, n, output.data());
+        work.add_keys(m, n, acc.data());
       }
       for (int64_t i = 0; i < m; ++i) {
         const int64_t row = first + i;
-        A* gradient = output.data() + i * width;
-        along[row] = tile::along_row(gradient, own.at(row), own.scale[row], width) / temperature;
-        tile::through_norm(
-            gradient, 1 / temperature, own.at(row), own.scale[row], own.projected(row, along[row]), own.inverse(row),
+        A* gradient = acc.data() + i * width;
+        dots[row] = tile::dot_unit(gradient, q.at(row), q.scale[row], width) / temperature;
+        tile::norm_backward(
+            gradient, 1 / temperature, q.at(row), q.scale[row], q.projection(row, dots[row]), q.inverse_norm(row),
             width);
-        tile::lower(gradient, width, side_grad + row * width);
+        tile::narrow(gradient, width, side_grad + row * width);
       }
     }
   });
   *temperature_grad = 0;
-  for (A value : along) *temperature_grad -= value / temperature;
+  for (A dot : dots) *temperature_grad -= dot / temperature;
 }
 
 #define LFCC_INSTANTIATE(T, A)                                                       \

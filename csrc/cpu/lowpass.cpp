@@ -1,10 +1,10 @@
-// Filters of both axes, and the choice of layout. The kernels are in lowpass_planes.h and lowpass_lanes.h.
+// Filters of both axes, and dispatch by layout to the kernels of lowpass_nchw.h and lowpass_nhwc.h.
 #include "lowpass.h"
 
 #include <algorithm>
 
-#include "cpu/lowpass_lanes.h"
-#include "cpu/lowpass_planes.h"
+#include "cpu/lowpass_nchw.h"
+#include "cpu/lowpass_nhwc.h"
 #include "cpu/parallel.h"
 
 namespace lfcc {
@@ -33,20 +33,20 @@ Axis<A> make_axis(const std::vector<int64_t>& scales, const A* matrix, int64_t s
       }
       axis.start.push_back(start), axis.stop.push_back(stop), axis.gain.push_back(gain);
     }
-    for (int64_t position = 0; position < size; ++position) {
+    for (int64_t pixel = 0; pixel < size; ++pixel) {
       int64_t first = axis.rows, last = offset;
       for (int64_t row = offset; row < axis.rows; ++row)
-        if (axis.start[row] <= position && position < axis.stop[row]) first = std::min(first, row), last = row + 1;
+        if (axis.start[row] <= pixel && pixel < axis.stop[row]) first = std::min(first, row), last = row + 1;
       axis.first.push_back(first), axis.last.push_back(std::max(first, last));
     }
   }
-  for (int64_t position = 0; position < size; ++position) {
+  for (int64_t pixel = 0; pixel < size; ++pixel) {
     std::vector<int64_t> rows;
     for (size_t s = 0; s < scales.size(); ++s)
-      for (int64_t row = axis.first[s * size + position]; row < axis.last[s * size + position]; ++row)
+      for (int64_t row = axis.first[s * size + pixel]; row < axis.last[s * size + pixel]; ++row)
         rows.push_back(row);
-    if (position == 0 || rows != axis.segments.back().rows) axis.segments.push_back({position, position, rows});
-    axis.segments.back().end = position + 1;
+    if (pixel == 0 || rows != axis.segments.back().rows) axis.segments.push_back({pixel, pixel, rows});
+    axis.segments.back().end = pixel + 1;
   }
   axis.from.assign(axis.rows, 0), axis.to.assign(axis.rows, 0);
   for (size_t segment = axis.segments.size(); segment-- > 0;)
@@ -57,7 +57,7 @@ Axis<A> make_axis(const std::vector<int64_t>& scales, const A* matrix, int64_t s
   return axis;
 }
 
-// Parts into which the gradients of the filters are summed: fixed, so that the bits depend on no number of threads.
+// Number of partial sums of the filters' gradients: fixed, so that results do not depend on the number of threads.
 constexpr int64_t FILTER_GRAD_PARTS = 64;
 
 }  // namespace
@@ -78,21 +78,25 @@ template <typename T, typename A>
 void lowpass(const Filters<A>& filters, const Map<const T>& x, T* y) {
   const int64_t size = x.height * x.width;
   if (x.stride_w == 1)
-    parallel_for(planes::units(x), LANES * size, [&](int64_t begin, int64_t end) { planes::forward(filters, x, y, begin, end); });
+    parallel_for(nchw::units(x), VEC * size, [&](int64_t begin, int64_t end) {
+      nchw::forward(filters, x, y, begin, end);
+    });
   else
-    parallel_for(lanes::units(x), lanes::BLOCK * size, [&](int64_t begin, int64_t end) { lanes::forward(filters, x, y, begin, end); });
+    parallel_for(nhwc::units(x), nhwc::BLOCK * size, [&](int64_t begin, int64_t end) {
+      nhwc::forward(filters, x, y, begin, end);
+    });
 }
 
 template <typename T, typename A>
 void lowpass_input_grad(const Filters<A>& filters, const T* grad, const Map<T>& grad_x) {
   const int64_t size = grad_x.height * grad_x.width;
   if (grad_x.stride_w == 1)
-    parallel_for(planes::units(grad_x), LANES * size, [&](int64_t begin, int64_t end) {
-      planes::input_grad(filters, grad, grad_x, begin, end);
+    parallel_for(nchw::units(grad_x), VEC * size, [&](int64_t begin, int64_t end) {
+      nchw::input_grad(filters, grad, grad_x, begin, end);
     });
   else
-    parallel_for(lanes::units(grad_x), lanes::BLOCK * size, [&](int64_t begin, int64_t end) {
-      lanes::input_grad(filters, grad, grad_x, begin, end);
+    parallel_for(nhwc::units(grad_x), nhwc::BLOCK * size, [&](int64_t begin, int64_t end) {
+      nhwc::input_grad(filters, grad, grad_x, begin, end);
     });
 }
 
@@ -100,8 +104,8 @@ template <typename T, typename A>
 void lowpass_filter_grad(
     const Filters<A>& filters, const T* grad, const Map<const T>& x, A* grad_rows, A* grad_cols) {
   const int64_t row_values = filters.rows.rows * x.height, col_values = filters.cols.rows * x.width;
-  const bool in_planes = x.stride_w == 1;
-  const int64_t units = in_planes ? planes::units(x) : lanes::units(x);
+  const bool is_nchw = x.stride_w == 1;
+  const int64_t units = is_nchw ? nchw::units(x) : nhwc::units(x);
   const int64_t parts = std::min(FILTER_GRAD_PARTS, units), stride = row_values + col_values;
   std::vector<A> sums(parts * stride, A(0));
   const int64_t work = x.batch * x.channels * x.height * x.width / parts;
@@ -109,10 +113,10 @@ void lowpass_filter_grad(
     for (int64_t part = begin; part < end; ++part) {
       A* rows = sums.data() + part * stride;
       const int64_t from = part * units / parts, to = (part + 1) * units / parts;
-      if (in_planes)
-        planes::filter_grad(filters, grad, x, rows, rows + row_values, from, to);
+      if (is_nchw)
+        nchw::filter_grad(filters, grad, x, rows, rows + row_values, from, to);
       else
-        lanes::filter_grad(filters, grad, x, rows, rows + row_values, from, to);
+        nhwc::filter_grad(filters, grad, x, rows, rows + row_values, from, to);
     }
   });
   std::fill(grad_rows, grad_rows + row_values, A(0));

@@ -1,8 +1,9 @@
-// What the two layouts of lowpass share: units of work, and the output cells of a unit as the kernels hold them,
-// cells[c * WIDTH + k] for output cell c and the unit's channel k.
+// Shared by the layouts of lowpass: units of work, the output cells of a unit, cells[c * WIDTH + k] for output cell c
+// and channel k of the unit, and for NCHW the rows of a plane.
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/simd.h"
 #include "lowpass.h"
@@ -25,7 +26,7 @@ LFCC_INLINE Unit unit_at(const Map<T>& map, int64_t index) {
   return {index / blocks, channel, std::min(WIDTH, map.channels - channel)};
 }
 
-// Calls body(cell, gain) for every output cell, with the product of the gains of its row and column.
+// Calls body(cell, gain) for every output cell, where gain is the product of the gains of its row and column.
 template <typename A, typename Body>
 LFCC_INLINE void for_cells(const Filters<A>& filters, const Body& body) {
   for (size_t s = 0; s < filters.scales.size(); ++s)
@@ -35,7 +36,7 @@ LFCC_INLINE void for_cells(const Filters<A>& filters, const Body& body) {
              filters.rows.gain[filters.row_offset[s] + i] * filters.cols.gain[filters.row_offset[s] + j]);
 }
 
-// Gradients of a unit's cells from (B, cells, channels), with their gains; channels it lacks stay zero.
+// Loads the gradients of a unit's cells from (B, cells, channels), times their gains; missing channels are zero.
 template <int64_t WIDTH, typename T, typename A>
 LFCC_INLINE void load_cells(const Filters<A>& filters, const T* grad, const Unit& unit, int64_t channels, A* cells) {
   std::fill(cells, cells + filters.cells * WIDTH, A(0));
@@ -48,7 +49,7 @@ LFCC_INLINE void load_cells(const Filters<A>& filters, const T* grad, const Unit
   });
 }
 
-// A unit's cells with their gains into (B, cells, channels).
+// Stores a unit's cells, times their gains, to (B, cells, channels).
 template <int64_t WIDTH, typename T, typename A>
 LFCC_INLINE void store_cells(const Filters<A>& filters, const A* cells, const Unit& unit, int64_t channels, T* y) {
   for_cells(filters, [&](int64_t cell, A gain) LFCC_INLINE_LAMBDA {
@@ -60,9 +61,42 @@ LFCC_INLINE void store_cells(const Filters<A>& filters, const A* cells, const Un
   });
 }
 
+namespace nchw {
+
+// Rows of a plane in the accumulator's type; vectors may be loaded up to seven values past the end of each row.
+template <typename A>
+struct Rows {
+  const A* data;
+  int64_t stride;
+};
+
+template <typename T, typename A>
+LFCC_INLINE Rows<A> plane_rows(const Map<const T>& x, int64_t image, int64_t channel, A* scratch) {
+  const int64_t offset = image * x.stride_b + channel * x.stride_c;
+  const T* plane = x.data + offset;
+  if constexpr (std::is_same<T, A>::value) {
+    const int64_t rows_end = (x.height - 1) * x.stride_h + x.width;
+    const int64_t map_end = (x.batch - 1) * x.stride_b + (x.channels - 1) * x.stride_c + rows_end;
+    if (offset + rows_end + VEC <= map_end) return {plane, x.stride_h};
+  }
+  for (int64_t h = 0; h < x.height; ++h)
+    for (int64_t w = 0; w < x.width; ++w) scratch[h * x.width + w] = load(plane[h * x.stride_h + w]);
+  return {scratch, x.width};
+}
+
+// Columns [w, w + 8) of row `row` of the sums of eight planes, one plane per vector element.
+template <typename A>
+LFCC_INLINE void load_columns(
+    const A* sums, int64_t count, int64_t padded, int64_t row, int64_t w, vec<A> (&block)[8]) {
+  for (int64_t p = 0; p < VEC; ++p) block[p] = load_vector(sums + (p * count + row) * padded + w);
+  transpose8x8<A>(block);
+}
+
+}  // namespace nchw
+
 }  // namespace lfcc
 
-// The functions of a layout's namespace that the driver calls: one clone of each body an instruction set.
+// The functions of a layout that lowpass.cpp calls: a clone of each body per instruction set.
 #define LFCC_LOWPASS_LAYOUT(T, A)                                                                                    \
   LFCC_CLONES void forward(const Filters<A>& f, const Map<const T>& x, T* y, int64_t begin, int64_t end) {           \
     forward_body(f, x, y, begin, end);                                                                               \

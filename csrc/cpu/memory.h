@@ -1,4 +1,4 @@
-// Memory of large outputs.
+// Huge pages for large outputs.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace lfcc {
 
-// Asks for huge pages under an output about to be written in full. A fresh 100 MB tensor costs 25,000 faults of small
-// pages, which take longer than writing it; memory the allocator already holds is left as it is.
+// Requests huge pages for an output that is about to be written completely. A fresh 100 MB tensor causes 25,000 faults
+// of small pages, which take longer than writing it. Memory that is already mapped is not affected.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t huge = uintptr_t(2) << 20;

@@ -1,4 +1,5 @@
-// What every CPU kernel shares: clones for each instruction set, vectors of eight lanes, conversions, exp.
+// Shared by all CPU kernels: clones per instruction set, vectors of eight elements, dtype conversions, exp, streaming
+// stores.
 #pragma once
 
 #include <cmath>
@@ -36,7 +37,7 @@ LFCC_INLINE To bit_cast(From value) {
 LFCC_INLINE double load(double x) { return x; }
 LFCC_INLINE float load(float x) { return x; }
 LFCC_INLINE float load(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-// Branch-free, so that loops over halves vectorise on every instruction set.
+// Without branches, so that loops over halves vectorise on every instruction set.
 LFCC_INLINE float load(Half x) {
   const uint32_t exponent_mantissa = uint32_t(x.bits & 0x7fff) << 13;
   float value = bit_cast<float>(exponent_mantissa) * 0x1p112f;  // rebias the exponent; exact for subnormals too
@@ -64,14 +65,14 @@ LFCC_INLINE void store(Half* p, float x) {
   p->bits = uint16_t(result | sign);
 }
 
-// Eight lanes, wherever they lie in memory; narrower registers take them in parts.
+// Eight elements at any alignment; the compiler splits them for narrower registers.
 template <typename A>
 struct vector_of {
   typedef A type __attribute__((vector_size(8 * sizeof(A)), aligned(sizeof(A)), may_alias));
 };
 template <typename A>
 using vec = typename vector_of<A>::type;
-constexpr int64_t LANES = 8;
+constexpr int64_t VEC = 8;
 
 template <typename A>
 LFCC_INLINE vec<A> load_vector(const A* p) {
@@ -82,12 +83,12 @@ LFCC_INLINE void store_vector(A* p, const vec<A>& v) {
   *reinterpret_cast<vec<A>*>(p) = v;
 }
 template <typename A>
-LFCC_INLINE A sum_lanes(const vec<A>& v) {
+LFCC_INLINE A sum_elements(const vec<A>& v) {
   return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
-// Calls body(N, first) for runs of up to eight that cover [0, count), the last run first; N is known to the compiler,
-// so that N sums stay in registers, and their chains of additions overlap.
+// Calls body(N, first) for runs of up to eight that cover [0, count), the last run first. N is a compile-time constant,
+// so N sums stay in registers and their chains of additions overlap.
 template <typename Body>
 LFCC_INLINE void for_runs(int64_t count, const Body& body) {
   for (; count > 8; count -= 8) body(std::integral_constant<int, 8>(), count - 8);
@@ -103,9 +104,9 @@ LFCC_INLINE void for_runs(int64_t count, const Body& body) {
   }
 }
 
-// v with all but its first n lanes set to zero, whatever they held.
+// v with all but its first n elements set to zero, also if they are NaN.
 template <typename A>
-LFCC_INLINE vec<A> first_lanes(const vec<A>& v, int64_t n) {
+LFCC_INLINE vec<A> first_elements(const vec<A>& v, int64_t n) {
   using Bits = typename std::conditional<sizeof(A) == 8, int64_t, int32_t>::type;
   const vec<Bits> lane = {0, 1, 2, 3, 4, 5, 6, 7};
   return reinterpret_cast<vec<A>>(reinterpret_cast<vec<Bits>>(v) & (lane < Bits(n)));
@@ -126,8 +127,8 @@ LFCC_INLINE void transpose8x8(vec<A> (&rows)[8]) {
   }
 }
 
-// exp for arguments at or below about 88; 0 below -87.3, NaN for NaN. Cody-Waite reduction and the degree-5
-// polynomial of Cephes (S. Moshier, expf), within 2 ulp; plain arithmetic, so loops over it vectorise.
+// exp for arguments up to about 88; 0 below -87.3, NaN for NaN. Cody-Waite reduction and the degree-5 polynomial of
+// Cephes (S. Moshier, expf), within 2 ulp. Plain arithmetic, so loops over it vectorise.
 LFCC_INLINE float fast_exp(float x) {
   const float bounded = x < -87.33654f ? -87.33654f : (x > 88.0f ? 88.0f : x);
   const float n = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // round to nearest integer
@@ -145,8 +146,8 @@ LFCC_INLINE float fast_exp(float x) {
 }
 LFCC_INLINE double fast_exp(double x) { return std::exp(x); }
 
-// Writes n values to memory that is not read again soon, past the caches where the type allows it: a large gradient
-// would otherwise be read in before it is written. Ends without a fence; see stream_fence.
+// Stores n values that are not read again soon, bypassing the caches if the type allows it: otherwise the lines of a
+// large gradient would be read before they are written. Does not fence; see stream_fence.
 template <typename T, typename A>
 LFCC_INLINE void stream_out(T* destination, const A* source, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(destination + i, source[i]);
@@ -176,7 +177,7 @@ LFCC_INLINE void stream_quads(float* destination, const float* row, int64_t quad
 }
 #endif
 
-// The same n values so many times, one after the other; a short row of whole quads stays in registers.
+// Stores the same n values `times` times in a row; a short row of whole quads stays in registers.
 template <typename T, typename A>
 LFCC_INLINE void stream_repeated(T* destination, const A* row, int64_t n, int64_t times) {
 #if defined(__x86_64__)

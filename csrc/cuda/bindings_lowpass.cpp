@@ -1,5 +1,5 @@
-// The ops lfcc::lowpass... of the overload `cuda`, on libtorch's stable ABI; their schemas are in
-// lfcc_kernels/ops/lowpass.py. The emulation registers the same functions for tensors on the CPU.
+// The `cuda` overloads of lfcc::lowpass..., on libtorch's stable ABI; their schemas are in lfcc_kernels/ops/lowpass.py.
+// The emulation registers the same functions for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -11,11 +11,12 @@
 
 namespace {
 
-using lfcc::MapShape, lfcc::Optional, lfcc::Sizes, lfcc::Tensor;
+using lfcc::Argument, lfcc::MapShape, lfcc::Optional, lfcc::Sizes, lfcc::Tensor, lfcc::fail, lfcc::to_string;
 using lfcc::cuda::OnDevice, lfcc::cuda::PooledMap, lfcc::cuda::type_of;
 using Tensors = std::vector<Tensor>;
+using Grids = std::vector<Sizes>;  // of each map, empty if it is not tokens
 
-// A map as the launchers take it, with the filters that it points at.
+// A map for the launchers, and ownership of the filters that it points to.
 struct Pooled {
   PooledMap map;
   Optional row_filters, col_filters;
@@ -24,10 +25,15 @@ struct Pooled {
          const Optional& cols) {
     shape.check_filters(scales, rows, cols, x.scalar_type());
     for (int64_t size : {shape.batch, shape.channels, shape.height, shape.width})
-      STD_TORCH_CHECK(size < std::numeric_limits<int32_t>::max(), "lfcc: a map with a side of ", size, " is too large");
-    for (const Optional& filters : {rows, cols})
-      STD_TORCH_CHECK(!filters || filters->get_device() == x.get_device(), "lfcc: filters are on another device");
-    STD_TORCH_CHECK(y.get_device() == x.get_device(), "lfcc: the gradient is on another device");
+      if (size >= std::numeric_limits<int32_t>::max())
+        fail(shape.argument, " has a dimension of ", size, ", expected less than 2^31 - 1");
+    const auto check_device = [&](const char* name, const Tensor& t) {
+      if (t.get_device() != x.get_device())
+        fail(shape.argument.named(name), " is ", to_string(t), ", the map is ", to_string(x),
+             "; both need the same device");
+    };
+    if (rows) check_device("row_filters", *rows), check_device("col_filters", *cols);
+    check_device("grad", y);
     if (rows) row_filters = torch::stable::contiguous(*rows), col_filters = torch::stable::contiguous(*cols);
     map.x = static_cast<char*>(x.data_ptr()) + shape.offset * x.element_size();
     map.y = y.data_ptr();
@@ -40,67 +46,44 @@ struct Pooled {
   }
 };
 
-// Lists of a group, `tensors` being maps or gradients; `grids` has two numbers a map, both 0 for one that is no tokens,
-// and filters may be empty.
-void check_foreach(
-    const Tensors& tensors, const Tensors& row_filters, const Tensors& col_filters, const Sizes& grids,
-    const Sizes& prefixes) {
-  const size_t count = tensors.size();
-  STD_TORCH_CHECK(
-      count > 0 && grids.size() == 2 * count && prefixes.size() == count &&
-          (row_filters.empty() || row_filters.size() == count) && row_filters.size() == col_filters.size(),
-      "lfcc: the lists of a group differ in length");
-  for (const Tensor& tensor : tensors)
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == tensors[0].scalar_type() && tensor.get_device() == tensors[0].get_device(),
-        "lfcc: maps of a group have one type and lie on one device");
-}
-
-Sizes grid_of(const Sizes& grids, size_t n) {
-  return grids[2 * n] == 0 ? Sizes() : Sizes{grids[2 * n], grids[2 * n + 1]};
-}
-
 Optional filter_of(const Tensors& filters, size_t n) { return filters.empty() ? Optional() : Optional(filters[n]); }
 
-Tensors lowpass_foreach(
-    Tensors inputs, Sizes scales, Tensors row_filters, Tensors col_filters, Sizes grids, Sizes prefixes) {
-  check_foreach(inputs, row_filters, col_filters, grids, prefixes);
+// The pyramid of each map; filters are lists as long as that of the maps, or empty.
+Tensors forward(
+    const Argument& argument, const Tensors& inputs, const Sizes& scales, const Tensors& row_filters,
+    const Tensors& col_filters, const Grids& grids, const Sizes& prefixes) {
   const OnDevice device(inputs[0]);
   Tensors results, kept;
   std::vector<Pooled> pooled;
   std::vector<PooledMap> maps;
   for (size_t n = 0; n < inputs.size(); ++n) {
-    const Tensor x = lfcc::readable(inputs[n]);
-    const MapShape shape(x, grid_of(grids, n), prefixes[n]);
-    results.push_back(torch::stable::new_empty(x, {shape.batch, lfcc::cells_of(scales), shape.channels}));
+    const Argument nth = argument.at(n);
+    const Tensor x = lfcc::readable(nth, inputs[n]);
+    const MapShape shape(nth, x, grids[n], prefixes[n]);
+    results.push_back(torch::stable::new_empty(x, {shape.batch, lfcc::count_cells(scales), shape.channels}));
     pooled.emplace_back(x, shape, results[n], scales, filter_of(row_filters, n), filter_of(col_filters, n));
     maps.push_back(pooled[n].map);
     kept.push_back(x);
   }
-  lfcc::cuda::lowpass(maps, type_of(inputs[0].scalar_type()), scales, device.stream);
+  lfcc::cuda::lowpass(maps, type_of(argument, inputs[0]), scales, device.stream);
   return results;
 }
 
-// Sizes of all maps one after the other: four numbers a map, three for tokens.
-Tensors lowpass_foreach_input_grad(
-    Tensors grads, Sizes sizes, Sizes channels_last, Sizes scales, Tensors row_filters, Tensors col_filters,
-    Sizes grids, Sizes prefixes) {
-  check_foreach(grads, row_filters, col_filters, grids, prefixes);
-  STD_TORCH_CHECK(channels_last.size() == grads.size(), "lfcc: the lists of a group differ in length");
+// The gradient of each map, of these sizes.
+Tensors input_grad(
+    const Argument& argument, const Tensors& grads, const std::vector<Sizes>& sizes, const Sizes& channels_last,
+    const Sizes& scales, const Tensors& row_filters, const Tensors& col_filters, const Grids& grids,
+    const Sizes& prefixes) {
   const OnDevice device(grads[0]);
+  const char* name_of_grads = argument.index < 0 ? "grad" : "grads";
   Tensors results, kept;
   std::vector<Pooled> pooled;
   std::vector<PooledMap> maps;
-  size_t place = 0;
   for (size_t n = 0; n < grads.size(); ++n) {
-    const Sizes grid = grid_of(grids, n);
-    const size_t dimensions = grid.empty() ? 4 : 3;
-    STD_TORCH_CHECK(place + dimensions <= sizes.size(), "lfcc: the lists of a group differ in length");
-    const Sizes size(sizes.begin() + place, sizes.begin() + place + dimensions);
-    place += dimensions;
-    results.push_back(lfcc::empty_map(grads[n], size, channels_last[n] != 0));
-    const MapShape shape(results[n], grid, prefixes[n]);
-    shape.check_gradient(grads[n], scales);
+    const Argument nth = argument.at(n);
+    results.push_back(lfcc::empty_map(nth, grads[n], sizes[n], channels_last[n] != 0));
+    const MapShape shape(nth, results[n], grids[n], prefixes[n]);
+    shape.check_gradient(nth.named(name_of_grads), grads[n], scales, grads[n].scalar_type());
     kept.push_back(torch::stable::contiguous(grads[n]));
     if (prefixes[n] > 0) {
       Tensor unused = torch::stable::narrow(results[n], 1, 0, prefixes[n]);
@@ -109,44 +92,99 @@ Tensors lowpass_foreach_input_grad(
     pooled.emplace_back(results[n], shape, kept[n], scales, filter_of(row_filters, n), filter_of(col_filters, n));
     maps.push_back(pooled[n].map);
   }
-  lfcc::cuda::lowpass_input_grad(maps, type_of(grads[0].scalar_type()), scales, device.stream);
+  lfcc::cuda::lowpass_input_grad(maps, type_of(argument.named(name_of_grads), grads[0]), scales, device.stream);
   return results;
 }
 
 Tensors listed(const Optional& filters) { return filters ? Tensors{*filters} : Tensors(); }
-Sizes listed(const Sizes& grid) { return grid.empty() ? Sizes{0, 0} : grid; }
 
 Tensor lowpass(
     const Tensor& x, Sizes scales, Optional row_filters, Optional col_filters, Sizes grid, int64_t prefix_tokens) {
-  return lowpass_foreach({x}, scales, listed(row_filters), listed(col_filters), listed(grid), {prefix_tokens})[0];
+  return forward(
+      {"lowpass", "x"}, {x}, scales, listed(row_filters), listed(col_filters), {grid}, {prefix_tokens})[0];
 }
 
 Tensor lowpass_input_grad(
     const Tensor& grad, Sizes size, bool channels_last, Sizes scales, Optional row_filters, Optional col_filters,
     Sizes grid, int64_t prefix_tokens) {
-  return lowpass_foreach_input_grad(
-      {grad}, size, {channels_last}, scales, listed(row_filters), listed(col_filters), listed(grid),
-      {prefix_tokens})[0];
+  return input_grad(
+      {"lowpass_input_grad", "size"}, {grad}, {size}, {channels_last}, scales, listed(row_filters),
+      listed(col_filters), {grid}, {prefix_tokens})[0];
+}
+
+// Checks the lists of a foreach op and returns its grids: the flat list has two numbers per map, both 0 if the map is
+// not tokens.
+Grids check_foreach(
+    const Argument& list, const Tensors& tensors, const Tensors& row_filters, const Tensors& col_filters,
+    const Sizes& grids, const Sizes& prefixes) {
+  const size_t count = tensors.size();
+  if (count == 0) fail(list, " is empty, expected at least one tensor");
+  const auto check_length = [&](const char* name, size_t length, size_t expected) {
+    if (length != expected)
+      fail(list.named(name), " has length ", length, ", expected ", expected, " for ", count, " maps");
+  };
+  check_length("grids", grids.size(), 2 * count);
+  check_length("prefix_tokens", prefixes.size(), count);
+  if (!row_filters.empty() || !col_filters.empty()) {
+    check_length("row_filters", row_filters.size(), count);
+    check_length("col_filters", col_filters.size(), count);
+  }
+  Grids result;
+  for (size_t n = 0; n < count; ++n) {
+    if (tensors[n].scalar_type() != tensors[0].scalar_type() || tensors[n].get_device() != tensors[0].get_device())
+      fail(Argument{list.op, list.name, int64_t(n)}, " is ", to_string(tensors[n]), ", the first is ",
+           to_string(tensors[0]), "; all need the same dtype and device");
+    result.push_back(grids[2 * n] == 0 ? Sizes() : Sizes{grids[2 * n], grids[2 * n + 1]});
+  }
+  return result;
+}
+
+Tensors lowpass_foreach(
+    Tensors inputs, Sizes scales, Tensors row_filters, Tensors col_filters, Sizes flat_grids, Sizes prefixes) {
+  const Argument list{"lowpass_foreach", "maps"};
+  const Grids grids = check_foreach(list, inputs, row_filters, col_filters, flat_grids, prefixes);
+  return forward({list.op, list.name, 0}, inputs, scales, row_filters, col_filters, grids, prefixes);
+}
+
+// `flat_sizes` has four numbers per map and three per tokens.
+Tensors lowpass_foreach_input_grad(
+    Tensors grads, Sizes flat_sizes, Sizes channels_last, Sizes scales, Tensors row_filters, Tensors col_filters,
+    Sizes flat_grids, Sizes prefixes) {
+  const Argument list{"lowpass_foreach_input_grad", "grads"};
+  const Grids grids = check_foreach(list, grads, row_filters, col_filters, flat_grids, prefixes);
+  if (channels_last.size() != grads.size())
+    fail(list.named("channels_last"), " has length ", channels_last.size(), ", expected ", grads.size());
+  std::vector<Sizes> sizes;
+  auto next = flat_sizes.begin();
+  for (const Sizes& grid : grids) {
+    const int64_t dimensions = grid.empty() ? 4 : 3;
+    if (flat_sizes.end() - next < dimensions)
+      fail(list.named("sizes"), " has length ", flat_sizes.size(), ", expected 4 numbers per map and 3 per tokens");
+    sizes.emplace_back(next, next + dimensions);
+    next += dimensions;
+  }
+  return input_grad(
+      {list.op, "sizes", 0}, grads, sizes, channels_last, scales, row_filters, col_filters, grids, prefixes);
 }
 
 std::tuple<Tensor, Tensor> lowpass_filter_grad(
     const Tensor& grad, const Tensor& input, Sizes scales, const Tensor& row_filters, const Tensor& col_filters,
     Sizes grid, int64_t prefix_tokens) {
   const OnDevice device(input);
-  STD_TORCH_CHECK(grad.scalar_type() == input.scalar_type(), "lfcc: the gradient is not of the map's type");
-  const Tensor x = lfcc::readable(input), dense = torch::stable::contiguous(grad);
-  const MapShape shape(x, grid, prefix_tokens);
-  shape.check_gradient(grad, scales);
+  const Argument argument{"lowpass_filter_grad", "x"};
+  const Tensor x = lfcc::readable(argument, input), dense = torch::stable::contiguous(grad);
+  const MapShape shape(argument, x, grid, prefix_tokens);
+  shape.check_gradient(argument.named("grad"), grad, scales, x.scalar_type());
   const Tensor grad_rows = torch::stable::new_empty(row_filters, row_filters.sizes());
   const Tensor grad_cols = torch::stable::new_empty(col_filters, col_filters.sizes());
   const Pooled pooled(x, shape, dense, scales, row_filters, col_filters);
   Tensor parts;
-  const auto memory = [&](int64_t numbers) {
-    parts = torch::stable::new_empty(row_filters, {numbers});
+  const auto allocate = [&](int64_t count) {
+    parts = torch::stable::new_empty(row_filters, {count});
     return parts.data_ptr();
   };
   lfcc::cuda::lowpass_filter_grad(
-      pooled.map, type_of(x.scalar_type()), scales, memory, grad_rows.data_ptr(), grad_cols.data_ptr(), device.stream);
+      pooled.map, type_of(argument, x), scales, allocate, grad_rows.data_ptr(), grad_cols.data_ptr(), device.stream);
   return {grad_rows, grad_cols};
 }
 
@@ -156,7 +194,7 @@ STABLE_TORCH_LIBRARY_IMPL(lfcc, LFCC_CUDA_KEY, m) {
   LFCC_IMPLEMENT(m, lowpass);
   LFCC_IMPLEMENT(m, lowpass_input_grad);
   LFCC_IMPLEMENT(m, lowpass_filter_grad);
-  // Of these Python alone has schemas.
+  // Their schemas are defined in Python only.
   m.impl("lowpass_foreach.cuda", TORCH_BOX(&lowpass_foreach));
   m.impl("lowpass_foreach_input_grad.cuda", TORCH_BOX(&lowpass_foreach_input_grad));
 }

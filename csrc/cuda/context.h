@@ -1,13 +1,13 @@
-// Where the ops of the overload `cuda` run: on the device of their tensors and its current stream, or emulated.
+// The device and stream on which the `cuda` overloads run, and their registration, for CUDA and for the emulation.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "arguments.h"
-#include "cuda/platform.h"
+#include "cuda/runtime.h"
 
-// Registers the function of an op's name for its overload `cuda`, which Python calls, and for the one without a name,
+// Registers the function named like an op for its `cuda` overload, which Python calls, and for the default overload,
 // whose schema is in csrc/bindings.cpp, so that C++ programs call one op for tensors on either device.
 #ifdef LFCC_EMULATED
 #define LFCC_CUDA_KEY CPU
@@ -15,23 +15,23 @@
 #else
 #define LFCC_CUDA_KEY CUDA
 #define LFCC_IMPLEMENT(library, op) library.impl(#op ".cuda", TORCH_BOX(&op)).impl(#op, TORCH_BOX(&op))
-// Of libtorch_cuda, and weak, so that the library loads in a torch without it.
+// From libtorch_cuda; weak, so that the library also loads with a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace lfcc::cuda {
 
-inline Type type_of(ScalarType dtype) {
-  switch (dtype) {
+inline Type type_of(const Argument& argument, const Tensor& t) {
+  switch (t.scalar_type()) {
     case ScalarType::Double: return Type::float64;
     case ScalarType::Float: return Type::float32;
     case ScalarType::BFloat16: return Type::bfloat16;
     case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "lfcc: expected float64, float32, bfloat16 or float16");
+    default: fail_dtype(argument, t);
   }
 }
 
-// Makes the tensor's device the current one until the end of the block.
+// Makes the tensor's device the current one until the end of the scope.
 #ifdef LFCC_EMULATED
 struct OnDevice {
   cudaStream_t stream = nullptr;
@@ -43,7 +43,7 @@ struct OnDevice {
   cudaStream_t stream;
 
   explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device()) {
-    // Torch has a CUDA runtime of its own, and what is current in one need not be in the other.
+    // Torch has its own copy of the CUDA runtime, with its own current device.
     check(cudaSetDevice(tensor.get_device()), "cudaSetDevice");
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &current));

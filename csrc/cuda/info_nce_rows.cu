@@ -1,32 +1,32 @@
-// Rows of both sides packed before the products, and their gradients finished after them; csrc/cuda/info_nce.h has the
-// formulas.
+// Prologue and epilogue per row: rows of both sides are packed before the products, and the gradients of packed rows
+// are turned into those of the rows after them. csrc/cuda/info_nce.h has the formulas.
 //
-// A team of threads takes a row, from a warp to a block of 256 by its width, in steps of 16 bytes where it is aligned
-// and element by element where not. A row is read twice, the second time from the first cache.
+// Tiling: one thread group per row, from a warp to a block of 256 by its width, in steps of 16 bytes if the row is
+// aligned, otherwise by elements. Each row is read twice, the second time from L1.
 //
-// Bytes: pack, a row read once from memory, written once; finish, sums and packed row read once, the gradient written.
-// FLOPs: 4 an element.
+// Bytes: pack, a row read once from memory and written once; epilogue, acc and packed row read once, the gradient
+// written. FLOPs: 4 per element.
 //
 // Resources, at most on any architecture:
-//   pack_kernel     48 registers   256 bytes of static shared memory
-//   finish_kernel   44 registers   128 bytes of static shared memory
+//   pack_kernel       48 registers   256 bytes of static shared memory
+//   epilogue_kernel   44 registers   128 bytes of static shared memory
 #include "cuda/info_nce.h"
-#include "cuda/team.h"
+#include "cuda/thread_group.cuh"
 
 namespace lfcc::cuda {
 
 namespace {
 
 constexpr int block_threads = 256;
-constexpr double least_norm = 1e-12;  // as in torch.nn.functional.normalize
+constexpr double epsilon = 1e-12;  // lower bound of a norm, as in torch.nn.functional.normalize
 
-// Lanes for rows of so many T: two steps each.
+// Threads for a row of `width` T: two steps each.
 template <typename T>
-int row_lanes(int64_t width) {
-  return lanes_for(width, 32 / sizeof(T), block_threads);
+int row_threads(int64_t width) {
+  return group_size_for(width, 32 / sizeof(T), block_threads);
 }
 
-// One over the largest power of two up to `value`, between 2^-100 and 2^100 (2^-900 and 2^900 of float64).
+// One over the largest power of two up to `value`, clamped to 2^-100 and 2^100 (2^-900 and 2^900 for float64).
 __device__ __forceinline__ float inverse_power_of_two(float value) {
   const int exponent = static_cast<int>(__float_as_uint(value) >> 23 & 0xff);
   return __uint_as_float(static_cast<uint32_t>(254 - min(max(exponent, 127 - 100), 127 + 100)) << 23);
@@ -36,7 +36,7 @@ __device__ __forceinline__ double inverse_power_of_two(double value) {
   return __longlong_as_double(static_cast<long long>(2046 - min(max(exponent, 1023 - 900), 1023 + 900)) << 52);
 }
 
-// NaN where a temperature in device memory, which no host reads, is not positive and finite.
+// NaN if a temperature in device memory, which the host does not read, is not positive and finite.
 template <typename A>
 __device__ __forceinline__ A inverse_temperature(const Pack& pack) {
   A value = static_cast<A>(pack.temperature);
@@ -46,7 +46,7 @@ __device__ __forceinline__ A inverse_temperature(const Pack& pack) {
   return value > 0 && value < A(INFINITY) ? 1 / value : A(NAN);
 }
 
-// Steps of a row as it came, zeros behind its end.
+// Loads steps of an input row, zeros past its end.
 template <typename T>
 struct Source {
   static constexpr int step = 16 / sizeof(T);
@@ -66,32 +66,32 @@ struct Source {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(block_threads) pack_kernel(Pack pack, int lanes) {
+__global__ void __launch_bounds__(block_threads) pack_kernel(Pack pack, int group_size) {
   using A = acc_t<T>;
   constexpr int step = Source<T>::step;
-  const Team team(lanes);
-  const int64_t rows = pack.batch + pack.keys, row = min(team.row, rows - 1);
+  const ThreadGroup group(group_size);
+  const int64_t rows = pack.batch + pack.keys, row = min(group.row, rows - 1);
   const bool of_teacher = row >= pack.batch;
-  const int64_t of_side = of_teacher ? row - pack.batch : row;
+  const int64_t side_row = of_teacher ? row - pack.batch : row;
   const Source<T> source(
       static_cast<const T*>(of_teacher ? pack.teacher : pack.student) +
-          of_side * (of_teacher ? pack.teacher_row : pack.student_row),
+          side_row * (of_teacher ? pack.teacher_row : pack.student_row),
       pack.width);
 
   A scale = 1;
   if (pack.normalize) {
-    A largest = 0;
-    for (int64_t d = team.lane * step; d < pack.width; d += lanes * step) {
+    A absmax = 0;
+    for (int64_t d = group.rank * step; d < pack.width; d += group_size * step) {
       const Vector<T> vector = source.at(d);
 #pragma unroll
-      for (int i = 0; i < step; ++i) largest = fmax(largest, fabs(widen(vector.values[i])));
+      for (int i = 0; i < step; ++i) absmax = fmax(absmax, fabs(widen(vector.values[i])));
     }
-    scale = inverse_power_of_two(team.maximum(largest));
+    scale = inverse_power_of_two(group.max(absmax));
   }
 
   T* target = static_cast<T*>(pack.packed) + row * pack.padded;
   A squares = 0;
-  for (int64_t d = team.lane * step; d < pack.padded; d += lanes * step) {
+  for (int64_t d = group.rank * step; d < pack.padded; d += group_size * step) {
     Vector<T> vector = source.at(d);
 #pragma unroll
     for (int i = 0; i < step; ++i) {
@@ -99,61 +99,62 @@ __global__ void __launch_bounds__(block_threads) pack_kernel(Pack pack, int lane
       squares += value * value;
       vector.values[i] = narrow<T>(value);
     }
-    if (team.row < rows) *reinterpret_cast<Vector<T>*>(target + d) = vector;
+    if (group.row < rows) *reinterpret_cast<Vector<T>*>(target + d) = vector;
   }
-  squares = team.sum(squares);
+  squares = group.sum(squares);
 
-  if (team.lane == 0 && team.row < rows) {
-    A factor = 1, inverse_length = 1, tangent = 0;
+  if (group.rank == 0 && group.row < rows) {
+    A factor = 1, inverse_norm = 1, projection = 0;
     if (pack.normalize) {
-      const A norm = sqrt(squares), least = scale * A(least_norm);
-      factor = 1 / (norm < least ? least : norm);  // of NaN it is NaN
-      inverse_length = factor * scale;
-      tangent = norm > least ? factor : 0;
+      const A norm = sqrt(squares), least = scale * A(epsilon);
+      factor = 1 / (norm < least ? least : norm);  // NaN if the norm is
+      inverse_norm = factor * scale;
+      projection = norm > least ? factor : 0;
     }
     static_cast<A*>(pack.factors)[row] = factor;
-    static_cast<A*>(pack.inverse_lengths)[row] = inverse_length;
-    static_cast<A*>(pack.tangents)[row] = tangent;
+    static_cast<A*>(pack.inverse_norms)[row] = inverse_norm;
+    static_cast<A*>(pack.projections)[row] = projection;
     if (row == 0) *static_cast<A*>(pack.inverse_temperature) = inverse_temperature<A>(pack);
   }
 }
 
 // R is T or A.
 template <typename T, typename R>
-__global__ void __launch_bounds__(block_threads) finish_kernel(Finish finish, int lanes) {
+__global__ void __launch_bounds__(block_threads) epilogue_kernel(Epilogue epilogue, int group_size) {
   using A = acc_t<T>;
   constexpr int step = 16 / sizeof(T);
-  const Team team(lanes);
-  const int64_t row = min(team.row, finish.rows - 1), width = finish.width;
-  const A* sums = static_cast<const A*>(finish.sums) + row * finish.padded;
-  const T* packed = static_cast<const T*>(finish.packed) + row * finish.padded;
-  const auto sums_at = [&](int64_t d) { return *reinterpret_cast<const Vector<A, step>*>(sums + d); };
-  const auto packed_at = [&](int64_t d) { return *reinterpret_cast<const Vector<T>*>(packed + d); };
+  const ThreadGroup group(group_size);
+  const int64_t row = min(group.row, epilogue.rows - 1), width = epilogue.width;
+  const A* acc = static_cast<const A*>(epilogue.acc) + row * epilogue.padded;
+  const T* packed = static_cast<const T*>(epilogue.packed) + row * epilogue.padded;
+  const auto load_acc = [&](int64_t d) { return *reinterpret_cast<const Vector<A, step>*>(acc + d); };
+  const auto load_packed = [&](int64_t d) { return *reinterpret_cast<const Vector<T>*>(packed + d); };
 
-  A along = 0;
-  for (int64_t d = team.lane * step; d < width; d += lanes * step) {
-    const Vector<A, step> of_sums = sums_at(d);
-    const Vector<T> of_packed = packed_at(d);
+  A dot = 0;
+  for (int64_t d = group.rank * step; d < width; d += group_size * step) {
+    const Vector<A, step> acc_vector = load_acc(d);
+    const Vector<T> packed_vector = load_packed(d);
 #pragma unroll
     for (int i = 0; i < step; ++i)
-      if (d + i < width) along += of_sums.values[i] * widen(of_packed.values[i]);
+      if (d + i < width) dot += acc_vector.values[i] * widen(packed_vector.values[i]);
   }
-  const A tangent = static_cast<const A*>(finish.tangents)[row];
-  along = team.sum(along) * tangent;
+  const A projection = static_cast<const A*>(epilogue.projections)[row];
+  dot = group.sum(dot) * projection;
 
-  A outer = *static_cast<const A*>(finish.inverse_temperature) / static_cast<A>(finish.gain);
-  if (finish.magnitude) outer *= *static_cast<const A*>(finish.magnitude);
-  outer *= static_cast<const A*>(finish.inverse_lengths)[row];
-  if (team.row >= finish.rows) return;
-  R* result = static_cast<R*>(finish.result) + row * width;
+  A scale = *static_cast<const A*>(epilogue.inverse_temperature) / static_cast<A>(epilogue.loss_scale);
+  if (epilogue.grad_absmax) scale *= *static_cast<const A*>(epilogue.grad_absmax);
+  scale *= static_cast<const A*>(epilogue.inverse_norms)[row];
+  if (group.row >= epilogue.rows) return;
+  R* result = static_cast<R*>(epilogue.result) + row * width;
   const bool wide = aligned(result);
-  for (int64_t d = team.lane * step; d < width; d += lanes * step) {
-    const Vector<A, step> of_sums = sums_at(d);
-    const Vector<T> of_packed = packed_at(d);
+  for (int64_t d = group.rank * step; d < width; d += group_size * step) {
+    const Vector<A, step> acc_vector = load_acc(d);
+    const Vector<T> packed_vector = load_packed(d);
     Vector<R, step> gradients;
 #pragma unroll
     for (int i = 0; i < step; ++i)
-      gradients.values[i] = narrow<R>(outer * (of_sums.values[i] - along * (tangent * widen(of_packed.values[i]))));
+      gradients.values[i] =
+          narrow<R>(scale * (acc_vector.values[i] - dot * (projection * widen(packed_vector.values[i]))));
     if (wide && d + step <= width) {
       *reinterpret_cast<Vector<R, step>*>(result + d) = gradients;
       continue;
@@ -169,20 +170,20 @@ __global__ void __launch_bounds__(block_threads) finish_kernel(Finish finish, in
 void pack_rows(const Pack& pack, cudaStream_t stream) {
   for_type(pack.type, [&](auto value) {
     using T = decltype(value);
-    const int lanes = row_lanes<T>(pack.padded);
+    const int group_size = row_threads<T>(pack.padded);
     launch(
-        "pack_rows", pack_kernel<T>, blocks_for(pack.batch + pack.keys, lanes, block_threads), block_threads, 0, stream,
-        pack, lanes);
+        "pack_rows", pack_kernel<T>, blocks_for(pack.batch + pack.keys, group_size, block_threads), block_threads, 0,
+        stream, pack, group_size);
   });
 }
 
-void finish_rows(const Finish& finish, cudaStream_t stream) {
-  for_type(finish.type, [&](auto value) {
+void epilogue_rows(const Epilogue& epilogue, cudaStream_t stream) {
+  for_type(epilogue.type, [&](auto value) {
     using T = decltype(value);
-    const int lanes = row_lanes<T>(finish.width);
+    const int group_size = row_threads<T>(epilogue.width);
     launch(
-        "finish_rows", finish.into_sums_type ? finish_kernel<T, acc_t<T>> : finish_kernel<T, T>,
-        blocks_for(finish.rows, lanes, block_threads), block_threads, 0, stream, finish, lanes);
+        "epilogue_rows", epilogue.result_is_acc ? epilogue_kernel<T, acc_t<T>> : epilogue_kernel<T, T>,
+        blocks_for(epilogue.rows, group_size, block_threads), block_threads, 0, stream, epilogue, group_size);
   });
 }
 

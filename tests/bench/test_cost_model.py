@@ -264,12 +264,12 @@ def test_a_contrast_by_plain_products_keeps_the_logits() -> None:
 def test_what_triton_takes_beside() -> None:
     pytest.importorskip("triton")
     from lfcc_kernels.backends.triton import info_nce_foreach as triton
-    from lfcc_kernels.backends.triton.runtime import chip
+    from lfcc_kernels.backends.triton.runtime import device_props
     from lfcc_kernels.backends.triton.tiles import table
 
     run = Run((), (64, 128), rows=32, ranks=16)
     rows = [[torch.randn(number, w) for w in run.widths] for number in (run.local_batch, run.batch)]
-    chunk = table(chip(rows[0][0].device).capability)["chunk_bytes"]
+    chunk = table(device_props(rows[0][0].device).capability)["chunk_bytes"]
     temperature = torch.tensor(0.1)
     with Alive([*itertools.chain(*rows), temperature]) as alive:
         triton.info_nce_foreach(*rows, temperature, None, None, 0, True)

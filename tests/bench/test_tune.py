@@ -45,7 +45,7 @@ TINY = Sizes(
 @pytest.fixture
 def table() -> Iterator[dict[str, Any]]:
     """The one that launchers look into here."""
-    live = tiles.table(runtime.chip(torch.device(triton.DEVICE)).capability)
+    live = tiles.table(runtime.device_props(torch.device(triton.DEVICE)).capability)
     before = copy.deepcopy(live)
     yield live
     live.clear()

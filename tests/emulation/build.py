@@ -1,9 +1,9 @@
-"""Compiles the CUDA kernels for the CPU, where tests/emulation/cuda_emulation.h takes the place of CUDA.
+"""Compiles the CUDA kernels for the CPU, with tests/emulation/cuda_emulation.h in place of CUDA.
 
     python tests/emulation/build.py [--sanitize]
 
-What is compiled lies in build/emulation under names that hold everything it depends on, so that nothing is compiled
-twice, and processes that ask at once wait for the first.
+Objects and libraries are in build/emulation under names with a digest of everything they depend on, so nothing is
+compiled twice. Concurrent processes wait for the first one.
 """
 
 import argparse
@@ -25,12 +25,12 @@ CSRC, EMULATION, OUTPUT = ROOT / "csrc", ROOT / "tests" / "emulation", ROOT / "b
 TORCH = Path(torch.__file__).parent
 COMPILER = os.environ.get("CXX", "c++").split()
 JOBS = 2
-# A GPU knows no types of memory: kernels read floats as integers and the other way round. Products that are added are
-# rounded first, on a CPU that could do without too: kernels must not depend on it, and __fmul_rn is this.
+# Memory on a GPU is untyped: kernels access floats as integers and vice versa, hence no strict aliasing. Products are
+# rounded before they are added (no contraction), as __fmul_rn requires; kernels must not depend on either.
 FLAGS = [
     *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-math-errno"),
     *("-ffp-contract=off", "-fmax-errors=5"),
-    *("-DLFCC_FUSED_FEWEST_ROWS=64", "-DLFCC_CHUNK_BYTES=20000"),  # so that small tests go both ways, in several chunks
+    *("-DLFCC_FUSED_FEWEST_ROWS=64", "-DLFCC_CHUNK_BYTES=20000"),  # small tests run every algorithm
     *("-DLFCC_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{EMULATION}"),
 ]
 PLAIN = ["-O2", "-g0"]
@@ -38,14 +38,14 @@ SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 
 
 def library(sanitize: bool = False) -> Path:
-    """The kernels of csrc/cuda with their bindings: operators of torch for its CPU tensors."""
+    """The kernels of csrc/cuda with their bindings, as torch operators on CPU tensors."""
     cuda = CSRC / "cuda"
     return build("kernels", [*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("bindings*.cpp"))], sanitize)
 
 
 def load() -> None:
-    """Registers them in this process, where there is a compiler and their source: in one with `sanitizer_environment`
-    those that are built with `sanitize`."""
+    """Register the operators in this process if there are a compiler and the sources; the sanitized ones if the process
+    runs in the `sanitizer_environment`."""
     if not shutil.which(COMPILER[0]) or not CSRC.exists():
         return
     path = library(sanitize="LFCC_SANITIZED" in os.environ)
@@ -55,11 +55,12 @@ def load() -> None:
 
 
 def build(name: str, sources: Sequence[Path], sanitize: bool = False) -> Path:
-    """A library of these sources. With `sanitize` it needs `sanitizer_environment`."""
+    """Build a library from these sources. With `sanitize`, loading it requires the `sanitizer_environment`."""
     flags = [*FLAGS, *(SANITIZED if sanitize else PLAIN)]
     common = [_compiler(), torch.__version__, *flags]
-    common += [header.read_text() for folder in (CSRC, EMULATION) for header in sorted(folder.rglob("*.h"))]
-    bindings = [source for source in sources if source.suffix == ".cpp"]  # which alone know torch
+    included = [path for folder in (CSRC, EMULATION) for end in ("*.h", "*.cuh") for path in sorted(folder.rglob(end))]
+    common += [path.read_text() for path in included]
+    bindings = [source for source in sources if source.suffix == ".cpp"]  # the only files that include torch
     objects = {OUTPUT / f"{s.stem}-{_digest(*common, s.name, s.read_text())}.o": s for s in sources}
     result = OUTPUT / f"{name}-{_digest(*map(str, objects))}.so"
     if result.exists():
@@ -82,11 +83,11 @@ def build(name: str, sources: Sequence[Path], sanitize: bool = False) -> Path:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What a process needs in its environment to load a library built with `sanitize`.
+    """Environment variables of a process that loads a library built with `sanitize`.
 
-    Python knows nothing of the sanitizer, so that it has to be there first, and the C++ library with it, or an
-    exception of torch would not find its way. Python keeps memory to its end; the sanitizer keeps what was freed, of
-    which a little will do.
+    Python is not built with the sanitizer, so its runtime must be preloaded, together with the C++ library, without
+    which torch's exceptions would not be caught. Python does not free all memory, so leaks are not reported, and the
+    quarantine of freed memory is small.
     """
     libraries = [_output([*COMPILER, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so")]
     return {
@@ -98,7 +99,7 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def _run(command: list[str], target: Path) -> None:
-    """Another process sees the target whole or not at all."""
+    """Write the target atomically, for concurrent processes."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}")
     _output([*command, "-o", str(temporary)])
     temporary.replace(target)
@@ -110,7 +111,7 @@ def _compiler() -> str:
 
 
 def _output(command: list[str]) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not for the compiler
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of the sanitizer
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{ran.stdout}{ran.stderr}")
@@ -123,6 +124,6 @@ def _digest(*parts: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour sanitizers")
+    parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
     sanitize = parser.parse_args().sanitize
     print(library(sanitize) if shutil.which(COMPILER[0]) else f"no C++ compiler {COMPILER[0]}: nothing is compiled")

@@ -1,12 +1,12 @@
-// Stands in for CUDA where the kernels are compiled for the CPU: the names of CUDA, and of csrc/cuda/platform.h, that
-// the kernels use. A kernel's results are those of the GPU up to rounding; what it does wrong shows as NaN, as results
-// that differ between schedules, or as an exception.
+// Replaces CUDA when the kernels are compiled for the CPU: the names of CUDA's headers and of csrc/cuda/ptx.cuh that the
+// kernels use. Results equal those of a GPU up to rounding. An error in a kernel shows as NaN, as results that differ
+// between schedules, or as an exception.
 //
 // Not modelled: races between warps finer than whole stretches between barriers, memory order, launch bounds,
 // registers, static shared memory of more than 48 KiB, clocks, streams.
 #pragma once
 
-#include <math.h>  // which has functions of float by their plain names, as CUDA
+#include <math.h>  // with float overloads of plain names, as in CUDA
 #include <tuple>
 #include <utility>
 
@@ -92,7 +92,7 @@ inline float __expf(float x) { return std::exp(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
 
-// Of two numbers of which one is NaN, the other.
+// If one argument is NaN, the other.
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
@@ -110,7 +110,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
     return T(a) < T(b) ? T(b) : T(a);
 }
 
-// ---- platform.h
+// ---- ptx.cuh
 
 namespace lfcc::cuda {
 

@@ -1,5 +1,5 @@
 // Small kernels whose results are known, and kernels with faults that the emulation must find: test_emulation.py.
-#include "cuda/platform.h"
+#include "cuda/ptx.cuh"
 
 namespace {
 
@@ -165,7 +165,7 @@ __global__ void matrices_kernel(const uint4* rows, uint32_t* result) {
   for (int m = 0; m < 4; ++m) result[4 * threadIdx.x + m] = matrices[m];
 }
 
-// c (16, 8) += a (16, depth) b (depth, 8), fragments read as platform.h describes them.
+// c (16, 8) += a (16, depth) b (depth, 8), fragments as in ptx.cuh.
 template <typename T, int depth>
 __global__ void product_kernel(const T* a, const T* b, float* c) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;

@@ -109,7 +109,7 @@ inline void add_product(const Operation& operation, float (&d)[4], int line) {
   d[3] += warp.d[g + 8][2 * t + 1];
 }
 
-// Layouts of PTX's m16n8k16 and m16n8k8, as in platform.h.
+// Layouts of PTX's m16n8k16 and m16n8k8, as in ptx.cuh.
 template <typename Low, typename High>
 void multiply_add_pairs(
     const Operation& operation, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Low& low,

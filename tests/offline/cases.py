@@ -1,7 +1,7 @@
-"""Which calls of the Triton backend are compiled, and what its kernels claim.
+"""The calls of the Triton backend that are compiled offline, and the claims about their kernels.
 
-A case is a name and a call; the call makes its own tensors, because they are to be fake. To add one, add a line to
-`CASES`. A claim is checked on every kernel it names.
+A case is a name and a call, which creates its own (fake) tensors. To add one, add a line to `CASES`. A claim is checked
+on every kernel that it names.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from lfcc_kernels.backends.triton import info_nce as nce
-from lfcc_kernels.backends.triton import info_nce_foreach as group
+from lfcc_kernels.backends.triton import info_nce_foreach as foreach
 from lfcc_kernels.backends.triton import lowpass as lp
 
 SCALES = [1, 2, 4]
 CELLS = sum(s * s for s in SCALES)
 
-# Claims name a kernel with its module, and a part of the names of the cases they hold for.
-# On sm_90 the products of two-byte factors are warp-group instructions (wgmma).
+# A claim is a kernel with its module, and a part of the names of the cases to which it applies.
+# On sm_90, products of 16-bit operands are warp-group instructions (wgmma).
 WGMMA = [
     ("info_nce_fused.one_pass_kernel", ""),
     ("info_nce_fused.gradient_kernel", ""),
     ("info_nce_foreach.products_kernel", ""),
-    ("info_nce_foreach.sums_kernel", ""),
+    ("info_nce_foreach.acc_kernel", ""),
     ("lowpass_kernels.forward_kernel", "56x56"),
     ("lowpass_kernels.forward_kernel", "tokens 14x14"),
     ("lowpass_kernels.forward_kernel", "7x7"),
@@ -31,7 +31,7 @@ WGMMA = [
     ("lowpass_kernels.input_grad_kernel", "7x7"),
 ]
 
-# Each global access of a source line with this text is at least 16 bytes wide.
+# Every global access of a source line with this text is at least 16 bytes wide.
 WIDE = [
     ("lowpass_kernels.forward_kernel", "56x56x256 bfloat16", "tile = tl.load("),
     ("lowpass_kernels.forward_kernel", "56x56x256 float32", "tile = tl.load("),
@@ -89,7 +89,7 @@ def _lowpass_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for layout, size in shapes:
         for name, dtype in DTYPES.items():
             if name in ("float16", "float64") and (layout, size) != ("nchw", (256, 56, 56)):
-                continue  # the other layouts differ from bfloat16's and float32's in nothing
+                continue  # the other layouts behave as with bfloat16 and float32
             for learnable in (False, True):
                 kind = "learnable" if learnable else "average"
                 case = _lowpass(dtype, layout, size, learnable)
@@ -121,7 +121,7 @@ def _info_nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "info_nce 1x1 float32", _info_nce(torch.float32, 1, 1, with_ids=False)  # sizes of 1 become constants
 
 
-def _group(dtype: torch.dtype, rows: int, with_ids: bool) -> Callable[[], object]:
+def _foreach(dtype: torch.dtype, rows: int, with_ids: bool) -> Callable[[], object]:
     """Four stages of a Swin-T at three scales."""
 
     def call() -> None:
@@ -129,16 +129,16 @@ def _group(dtype: torch.dtype, rows: int, with_ids: bool) -> Callable[[], object
         students, teachers = ([torch.empty(rows, w, dtype=dtype, device="cuda") for w in widths] for _ in range(2))
         ids = torch.empty(rows, dtype=torch.int64, device="cuda") if with_ids else None
         temperature = torch.empty((), device="cuda")
-        group.info_nce_foreach(students, teachers, temperature, ids, ids, 0, True)
+        foreach.info_nce_foreach(students, teachers, temperature, ids, ids, 0, True)
 
     return call
 
 
-def _group_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def _foreach_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, dtype in DTYPES.items():
-        if name != "float64":  # which has no group
-            yield f"group 128 {name}", _group(dtype, 128, with_ids=name == "bfloat16")
-    yield "group 1 float32", _group(torch.float32, 1, with_ids=False)
+        if name != "float64":  # which has no foreach kernels
+            yield f"foreach 128 {name}", _foreach(dtype, 128, with_ids=name == "bfloat16")
+    yield "foreach 1 float32", _foreach(torch.float32, 1, with_ids=False)
 
 
-CASES = {**dict(_lowpass_cases()), **dict(_info_nce_cases()), **dict(_group_cases())}
+CASES = {**dict(_lowpass_cases()), **dict(_info_nce_cases()), **dict(_foreach_cases())}

@@ -1,11 +1,11 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints what each one needs.
+"""Compiles the Triton kernels without a GPU and prints their resource usage.
 
     python tests/offline/harness.py [--arch 80 90 100] [--only TEXT] [--json FILE]
 
-The backend's own launchers run, on fake CUDA tensors, with a stub in place of Triton's driver and with every launch
-turned into a compilation: what is measured is what a real call would run, specialisations included. Each case has a
-process of its own, so that nothing which the launchers keep leaks from one architecture into the next, and a
-compiler that crashes takes only its case along.
+The backend's own launchers run on fake CUDA tensors, with a stub as Triton's driver and every launch replaced by a
+compilation. So the measured kernels are those of a real call, including specialisations. Every case runs in its own
+process: caches of the launchers do not leak from one architecture into the next, and a crash of the compiler affects
+only its case.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure import CHIPS, Kernel, load, measure
+from measure import DEVICES, Kernel, load, measure
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +33,12 @@ Case = Callable[[], object]
 
 
 class StubDriver:
-    """As much of a Triton driver as a launch asks before it compiles."""
+    """The part of a Triton driver that a launch uses before it compiles."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
         self.utils = SimpleNamespace(get_device_properties=lambda device: {
-            "max_shared_mem": CHIPS[arch].shared_per_block, "multiprocessor_count": CHIPS[arch].multiprocessors,
+            "max_shared_mem": DEVICES[arch].shared_per_block, "multiprocessor_count": DEVICES[arch].multiprocessors,
             "max_num_regs": 65536, "warpSize": 32,
         })  # fmt: skip
 
@@ -60,7 +60,7 @@ class StubDriver:
         return torch.cuda
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
-        """Autotuning compiles every configuration and times none."""
+        """Autotuning compiles every configuration without timing it."""
         return lambda call, quantiles=None, **_: (call(), [0.0] * len(quantiles or [0.5]))[1]
 
     def get_empty_cache_for_benchmark(self) -> None:
@@ -71,14 +71,14 @@ class StubDriver:
 
 
 def _pretend_gpu(arch: int) -> None:
-    """Let launchers ask torch and Triton for a GPU of this architecture."""
+    """Make torch and Triton report a GPU of this architecture."""
     import triton
 
-    chip, (major, minor) = CHIPS[arch], divmod(arch, 10)
+    limits, (major, minor) = DEVICES[arch], divmod(arch, 10)
     properties = SimpleNamespace(
-        name=f"sm_{arch}", major=major, minor=minor, multi_processor_count=chip.multiprocessors,
-        L2_cache_size=chip.l2_bytes, shared_memory_per_block_optin=chip.shared_per_block,
-        max_threads_per_multi_processor=chip.max_threads, regs_per_multiprocessor=65536, warp_size=32,
+        name=f"sm_{arch}", major=major, minor=minor, multi_processor_count=limits.multiprocessors,
+        L2_cache_size=limits.l2_bytes, shared_memory_per_block_optin=limits.shared_per_block,
+        max_threads_per_multi_processor=limits.max_threads, regs_per_multiprocessor=65536, warp_size=32,
     )  # fmt: skip
     triton.runtime.driver.set_active(StubDriver(arch))
     stubs: dict[str, Any] = {
@@ -91,12 +91,12 @@ def _pretend_gpu(arch: int) -> None:
     }
     for name, stub in stubs.items():
         setattr(torch.cuda, name, stub)
-    # Allocations of CUDA are aligned, views need not be; Triton specialises on the address.
+    # CUDA allocations are aligned, views may not be; Triton specialises on the address.
     FakeTensor.data_ptr = lambda self: (1 << 32) + self.storage_offset() * self.element_size()  # type: ignore
 
 
 def _capture_launches(case: str, arch: int) -> list[Kernel]:
-    """Turn launches into compilations from here on; the list fills with what they made."""
+    """Replace launches by compilations from here on; the returned list collects their kernels."""
     from triton.runtime.jit import JITFunction
 
     kernels: list[Kernel] = []
@@ -121,7 +121,7 @@ def _capture_launches(case: str, arch: int) -> list[Kernel]:
 
 
 def _message(error: BaseException) -> str:
-    """The error and those it came from: Triton's compilation errors say the reason in their cause."""
+    """The error and its cause, which has the reason of Triton's compilation errors."""
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
     return "\n".join("".join(traceback.format_exception_only(cause)).strip() for cause in causes)
 
@@ -137,18 +137,18 @@ def _run_case(name: str, case: Case, arch: int, result: str) -> None:
     Path(result).write_text(json.dumps([asdict(kernel) for kernel in kernels]))
 
 
-def _import_what_is_put_off() -> None:
+def _import_lazy_modules() -> None:
     from triton.runtime.cache import triton_key
 
-    triton_key()  # a digest of Triton itself, remembered
+    triton_key()  # a digest of Triton itself, which is cached
     with FakeTensorMode():
         torch.empty(2, device="cuda").to(torch.float16).contiguous()
 
 
 def compile_cases(cases: dict[str, Case], archs: Iterable[int], jobs: int = JOBS) -> list[Kernel]:
-    """Every kernel that the cases launch, once each, with the cases that share it."""
-    fork = multiprocessing.get_context("fork")  # the imports are paid for once
-    _import_what_is_put_off()
+    """Every kernel that the cases launch, once, with the names of the cases that share it."""
+    fork = multiprocessing.get_context("fork")  # children share the imports
+    _import_lazy_modules()
     tasks = [(name, case, arch) for name, case in cases.items() for arch in archs]
     kernels: dict[tuple[str, ...], Kernel] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -163,8 +163,8 @@ def compile_cases(cases: dict[str, Case], archs: Iterable[int], jobs: int = JOBS
             running = [worker for worker in running if worker.is_alive()]
         for (name, _case, arch), worker, path in zip(tasks, workers, paths, strict=True):
             if worker.exitcode:
-                died = Kernel("(process)", [name], arch, error=f"ended with {worker.exitcode}")
-                kernels[name, str(arch)] = died
+                crashed = Kernel("(process)", [name], arch, error=f"exited with code {worker.exitcode}")
+                kernels[name, str(arch)] = crashed
                 continue
             for kernel in load(Path(path).read_text()):
                 key = (kernel.hash,) if kernel.hash else (name, str(arch), kernel.name, kernel.error)
@@ -175,7 +175,7 @@ def compile_cases(cases: dict[str, Case], archs: Iterable[int], jobs: int = JOBS
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One line a kernel; accesses in bytes, narrowest and widest where they differ."""
+    """One line per kernel; accesses in bytes, narrowest and widest if they differ."""
     header = ["kernel", "case", "arch", "regs", "spills", "smem", "warps", "stages", "occupancy"]
     header += ["blocks", "dots", "mma", "ld", "st"]
     rows = [header]
@@ -198,15 +198,15 @@ def table(kernels: list[Kernel]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(DEVICES), choices=list(DEVICES))
+    parser.add_argument("--only", default="", help="compile only cases whose name contains this text")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
 
-    # Both are read when the kernels' modules are imported.
+    # Both are read when the modules of the kernels are imported.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton-cache"))
-    sys.path.append(str(ROOT))  # for a checkout that is not installed
+    sys.path.append(str(ROOT))  # in case the package is not installed
     import triton
     from cases import CASES
 

@@ -1,4 +1,4 @@
-"""What a compiled Triton kernel needs of a GPU, read from its binary and its PTX with the tools in Triton's wheel."""
+"""Resource usage of a compiled Triton kernel, read from its binary and PTX with the tools in Triton's wheel."""
 
 import json
 import linecache
@@ -12,8 +12,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Chip:
-    """Limits of a compute capability, and the size of the product that stands for it."""
+class DeviceLimits:
+    """Limits of a compute capability, and the size of a typical GPU of it."""
 
     shared_per_sm: int
     shared_per_block: int
@@ -21,13 +21,13 @@ class Chip:
     l2_bytes: int
     max_threads: int = 2048
     max_blocks: int = 32
-    tensor_columns: int = 0  # of tensor memory, which tcgen05 accumulates in
+    tensor_columns: int = 0  # columns of tensor memory, where tcgen05 accumulates
 
 
-CHIPS = {
-    80: Chip(164 << 10, 163 << 10, 108, 40 << 20),
-    90: Chip(228 << 10, 227 << 10, 132, 50 << 20),
-    100: Chip(228 << 10, 227 << 10, 148, 126 << 20, tensor_columns=512),
+DEVICES = {
+    80: DeviceLimits(164 << 10, 163 << 10, 108, 40 << 20),
+    90: DeviceLimits(228 << 10, 227 << 10, 132, 50 << 20),
+    100: DeviceLimits(228 << 10, 227 << 10, 148, 126 << 20, tensor_columns=512),
 }
 
 MMA = {"wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma"}
@@ -35,7 +35,7 @@ MMA = {"wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"\btcg
 
 @dataclass(frozen=True)
 class Access:
-    """Instructions of one width in bytes that one line of the kernel's source became."""
+    """Instructions of one width in bytes that were compiled from one line of the kernel."""
 
     kind: str  # ld, st or atom
     width: int
@@ -48,7 +48,7 @@ class Kernel:
     """One specialisation on one architecture, or the launch that failed."""
 
     name: str
-    cases: list[str]  # that launch it
+    cases: list[str]  # which launch it
     arch: int
     error: str = ""
     hash: str = ""
@@ -61,7 +61,7 @@ class Kernel:
     spills: int = 0  # bytes stored and loaded
     shared: int = 0
     occupancy: float = 0.0
-    dots: list[str] = field(default_factory=list)  # types and precisions of the source's products
+    dots: list[str] = field(default_factory=list)  # dtypes and precisions of the products in the source
     mma: dict[str, int] = field(default_factory=dict)
     accesses: list[Access] = field(default_factory=list)
 
@@ -74,47 +74,47 @@ class Kernel:
         return any(dot.startswith(("bf16", "f16")) for dot in self.dots)
 
     def widths(self, kind: str) -> str:
-        """Narrowest and widest access of a kind."""
+        """Widths of the narrowest and widest access of a kind."""
         widths = [access.width for access in self.accesses if access.kind == kind]
         return "-".join(str(width) for width in sorted({min(widths), max(widths)})) if widths else ""
 
 
 def load(text: str) -> list[Kernel]:
-    """Kernels from the list that `json` made of them."""
+    """Kernels from a JSON list."""
     records = json.loads(text)
     return [Kernel(**record | {"accesses": [Access(**access) for access in record["accesses"]]}) for record in records]
 
 
 def measure(compiled: Any, kernel: Kernel) -> None:
-    """Fill in what the compiler made of a kernel."""
+    """Fill in the resource usage of a compiled kernel."""
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     used = _resource_usage(compiled.asm["cubin"])
     kernel.hash, kernel.warps, kernel.stages = compiled.hash, metadata.num_warps, metadata.num_stages
     kernel.registers, kernel.stack = used["REG"], used["STACK"] + used["LOCAL"]
-    # Spilled registers lie on the stack, so a kernel without one needs no second run of ptxas.
+    # Spilled registers are on the stack, so a kernel without a stack needs no second run of ptxas.
     kernel.spills = _spilled_bytes(ptx, kernel.arch) if kernel.stack else 0
-    # From sm_90 on the first KiB counts as static although it is the system's; `occupancy` knows about it.
+    # From sm_90 on, the first KiB, reserved by the system, counts as static; `occupancy` adds it for all.
     kernel.shared = metadata.shared + (used["SHARED"] if kernel.arch < 90 else max(0, used["SHARED"] - 1024))
-    kernel.occupancy = occupancy(CHIPS[kernel.arch], kernel, getattr(metadata, "tmem_size", 0) or 0)
+    kernel.occupancy = occupancy(DEVICES[kernel.arch], kernel, getattr(metadata, "tmem_size", 0) or 0)
     kernel.dots = _dots(compiled.asm["ttir"])
     counts = {kind: len(re.findall(pattern, ptx)) for kind, pattern in MMA.items()}
     kernel.mma = {kind: count for kind, count in counts.items() if count}
     kernel.accesses = _accesses(ptx)
 
 
-def occupancy(chip: Chip, kernel: Kernel, tensor_columns: int) -> float:
-    """Share of a multiprocessor's warps that can be resident at once."""
-    granted = -(-kernel.registers // 8) * 8 * 32  # a warp's registers
-    resident = 4 * (16384 // granted)  # each quarter of the multiprocessor has its own 16384
+def occupancy(device: DeviceLimits, kernel: Kernel, tensor_columns: int) -> float:
+    """Fraction of a multiprocessor's warps that can be resident at once."""
+    granted = -(-kernel.registers // 8) * 8 * 32  # registers per warp
+    resident = 4 * (16384 // granted)  # every quarter of the multiprocessor has 16384
     blocks = [
-        chip.max_blocks,
-        chip.max_threads // (32 * kernel.warps),
+        device.max_blocks,
+        device.max_threads // (32 * kernel.warps),
         resident // kernel.warps,
-        chip.shared_per_sm // (kernel.shared + 1024),
+        device.shared_per_sm // (kernel.shared + 1024),
     ]
     if tensor_columns:
-        blocks.append(chip.tensor_columns // tensor_columns)
-    return min(blocks) * kernel.warps * 32 / chip.max_threads
+        blocks.append(device.tensor_columns // tensor_columns)
+    return min(blocks) * kernel.warps * 32 / device.max_threads
 
 
 def _tool(name: str) -> str:
@@ -148,7 +148,7 @@ def _spilled_bytes(ptx: str, arch: int) -> int:
 
 
 def _dots(ttir: str) -> list[str]:
-    """Each tl.dot as 'bf16', or 'f32 ieee' where the precision is named."""
+    """Every tl.dot as 'bf16', or 'f32 ieee' if it has a precision."""
     found = re.findall(r"tt\.dot\b([^\n]*?): tensor<[\dx]*x(\w+)>", ttir)
     precisions = (re.search(r"inputPrecision = (\w+)", options) for options, _type in found)
     return sorted({f"{of} {p[1]}" if p else of for (_options, of), p in zip(found, precisions, strict=True)})
@@ -162,13 +162,13 @@ _BULK = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.(global)?")
 
 
 def _accesses(ptx: str) -> list[Access]:
-    """Global accesses; the line a `.loc` names is that of the instructions after it.
+    """Global accesses with their source lines, from the `.loc` before them.
 
-    Triton 3.8 moves that line on with each line of inline assembly, where only the first one is the kernel's.
+    Triton 3.8 advances that line with every line of inline assembly; only the first one is the kernel's.
     """
     paths = {m[1]: str(Path(m[2]) / m[3]) if m[3] else m[2] for m in map(_FILE.match, ptx.splitlines()) if m}
     counts: Counter[tuple[str, int, str]] = Counter()
-    source, instructions = "", -1  # so many since inline assembly began, negative outside it
+    source, instructions = "", -1  # number of instructions of the current inline assembly, negative outside
     for line in ptx.splitlines():
         if "inline asm" in line:
             instructions = 0 if "begin" in line else -1

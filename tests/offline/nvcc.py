@@ -1,6 +1,6 @@
-"""What nvcc makes of the files in csrc/cuda: what ptxas reports of each kernel, and its PTX.
+"""Compiles the files in csrc/cuda with nvcc and reads ptxas's report and the PTX of every kernel.
 
-Nothing runs, so no GPU is needed. Reports are kept in build/nvcc until a source, the compiler or its options change.
+No GPU is needed. Reports are cached in build/nvcc until a source, the compiler or its options change.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = {80, 90, 100}
-TABLES_OF = "13.0"  # the nvcc whose numbers the tables in the sources give; another one allocates in another way
+TABLES_OF = "13.0"  # the nvcc of the resource tables in the sources; register allocation differs between versions
 _BUILD = runpy.run_path(str(ROOT / "setup.py"))
 _KEPT = ROOT / "build/nvcc"
 
@@ -31,7 +31,7 @@ class CudaKernel:
     signature: str
     arch: int
     registers: int
-    stack: int  # bytes, of arrays in local memory and of spilled registers
+    stack: int  # bytes, for arrays in local memory and spilled registers
     spills: int  # bytes stored and loaded
     shared: int  # bytes of static shared memory
     ptx: str
@@ -42,7 +42,7 @@ class CudaKernel:
 
 
 def find_cuda() -> tuple[Any, str]:
-    """What builds the kernels for all architectures, as setup.py has it, or None and the reason."""
+    """The toolkit that setup.py finds, with all architectures, or None and the reason."""
     try:
         cuda = _BUILD["find_toolkit"](f"{TABLES_OF} or newer")
         with patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=""):
@@ -53,13 +53,13 @@ def find_cuda() -> tuple[Any, str]:
 
 
 def compile_kernels(source: Path, cuda: Any) -> list[CudaKernel]:
-    """All kernels of a file on all architectures; RuntimeError with nvcc's words where it does not compile."""
+    """All kernels of a file on all architectures; RuntimeError with nvcc's output if it does not compile."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
     options = [*COMMON_NVCC_FLAGS, *_BUILD["NVCC_FLAGS"], *cuda.architectures, f"-I{ROOT / 'csrc'}"]
-    # C++17, which torch 2.11 builds with; the build of a newer torch tries C++20.
+    # C++17 as with torch 2.11; builds with a newer torch test C++20.
     options += ["-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v"]
-    headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.h"))]
+    headers = sorted(path for end in ("*.h", "cuda/*.h", "cuda/*.cuh") for path in (ROOT / "csrc").glob(end))
     key = "\0".join([cuda.version, *options, *(path.read_text() for path in [source, *headers])])
     kept = _KEPT / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()}"
     if not kept.exists():
@@ -71,7 +71,7 @@ def compile_kernels(source: Path, cuda: Any) -> list[CudaKernel]:
 
 
 def stated(source: Path) -> dict[str, tuple[int, int]]:
-    """Registers and bytes of static shared memory that the comment at the head of a file gives for each kernel."""
+    """Registers and bytes of static shared memory per kernel, from the comment at the head of a file."""
     lines = re.findall(
         r"^//\s+(\w+)\s+(\d+) registers\s+(\d+) bytes of static shared memory$", source.read_text(), re.MULTILINE
     )
@@ -79,7 +79,7 @@ def stated(source: Path) -> dict[str, tuple[int, int]]:
 
 
 def measured(kernels: Iterable[CudaKernel]) -> dict[str, tuple[int, int]]:
-    """The same of what was compiled, at most on any architecture and of any instantiation."""
+    """The same from the compiler, the maximum over architectures and instantiations."""
     most: dict[str, tuple[int, int]] = {}
     for kernel in kernels:
         registers, shared = most.get(kernel.name, (0, 0))
@@ -88,7 +88,7 @@ def measured(kernels: Iterable[CudaKernel]) -> dict[str, tuple[int, int]]:
 
 
 def _compile(command: list[str], source: Path, kept: Path) -> None:
-    """Leaves ptxas's report and the PTX of each virtual architecture in the folder `kept`, and nothing older."""
+    """Write ptxas's report and the PTX of every virtual architecture to the directory `kept`, and delete older ones."""
     _KEPT.mkdir(parents=True, exist_ok=True)
     for old in _KEPT.glob(f"{source.stem}-*"):
         shutil.rmtree(old, ignore_errors=True)
@@ -106,12 +106,12 @@ def _compile(command: list[str], source: Path, kept: Path) -> None:
         (folder / "kept/report").write_text(run.stderr)
         for ptx in folder.glob("*.ptx"):
             ptx.rename(folder / "kept" / ptx.name.removeprefix(f"{source.stem}."))
-        if not kept.exists():  # another process may have been as far
+        if not kept.exists():  # another process may have been faster
             (folder / "kept").rename(kept)
 
 
 def _read(report: str, ptx: dict[str, str]) -> list[CudaKernel]:
-    """One chunk of the report a kernel; functions that it calls and that were not inlined are part of it."""
+    """Parse the report, one chunk per kernel, which includes the functions it calls that were not inlined."""
     bodies = {
         arch: dict(re.findall(r"^\S*\s*\.entry (\w+)\(\n(.*?)^}", text, re.MULTILINE | re.DOTALL))
         for arch, text in ptx.items()
@@ -140,6 +140,6 @@ def _sum(pattern: str, text: str) -> int:
 
 
 def _demangle(names: list[str]) -> list[str]:
-    """As in "forward_kernel<float>(Jobs)"."""
+    """Signatures such as "forward_kernel<float>(Problems)"."""
     run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return [re.sub(r"^void |lfcc::cuda::|\(anonymous namespace\)::", "", line) for line in run.stdout.splitlines()]

@@ -38,7 +38,7 @@ CLAIMS: dict[str, list[tuple[str, list[str]]]] = {
         ("gradient_kernel<RowTiles<float", [MMA.format("m16n8k8", "tf32.tf32")]),
     ],
     "info_nce_merge.cu": [("merge_kernel<", [LOAD, STORE])],
-    "info_nce_rows.cu": [("pack_kernel<", [LOAD, STORE]), ("finish_kernel<", [LOAD, STORE])],
+    "info_nce_rows.cu": [("pack_kernel<", [LOAD, STORE]), ("epilogue_kernel<", [LOAD, STORE])],
     "lowpass_filter_grad.cu": [("filter_grad_kernel<", [COPY])],
     "lowpass_forward.cu": [("forward_kernel<", [COPY])],
     "lowpass_input_grad.cu": [("input_grad_kernel<", [STORE])],

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterable
 
 import pytest
-from measure import CHIPS, Kernel
+from measure import DEVICES, Kernel
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +35,7 @@ def test_nothing_spills_or_lives_in_local_memory(kernels: list[Kernel]) -> None:
 
 
 def test_blocks_fit_a_multiprocessor(kernels: list[Kernel]) -> None:
-    assert_none((k, f"{k.shared} B shared") for k in kernels if k.shared > CHIPS[k.arch].shared_per_block)
+    assert_none((k, f"{k.shared} B shared") for k in kernels if k.shared > DEVICES[k.arch].shared_per_block)
     assert_none((k, f"{k.registers} registers x {k.warps} warps") for k in kernels if not k.occupancy)
 
 

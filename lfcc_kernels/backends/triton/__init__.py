@@ -1,6 +1,6 @@
 """Triton kernels for both ops: on NVIDIA GPUs of compute capability 8.0 and newer, or in Triton's interpreter on CPU.
 
-Nothing here imports Triton before a kernel is asked for, so that the package imports without it.
+This package imports Triton when the first kernel is called, so that it can be imported without Triton.
 """
 
 import functools
@@ -11,15 +11,15 @@ import torch
 
 from lfcc_kernels.backends import nvidia
 
-# Triton reads this when it decorates a kernel, so it counts only where it was set before the first one ran.
+# Triton reads the variable when a kernel is decorated, so it must be set before the first one runs.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-DEVICE = "cpu" if INTERPRET else "cuda"  # where the tensors must be
+DEVICE = "cpu" if INTERPRET else "cuda"  # of the tensors that the kernels accept
 
 
 @torch.compiler.assume_constant_result
 def missing() -> str:
-    """Why this backend cannot serve here, or an empty string."""
+    """Why this backend is not available, or an empty string."""
     return _why_missing()
 
 

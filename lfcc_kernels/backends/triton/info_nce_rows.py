@@ -1,13 +1,9 @@
-"""Kernels over the rows of one side: packed before the products, and their gradients finished after them.
+"""Prologue and epilogue of the info_nce kernels, per row of one side: rows are packed before the products, and the
+gradients of packed rows are turned into those of the rows after them.
 
-A packed row is the row times a power of two that brings its largest value near one: an exact step, after which no
-product of two rows overflows, whatever the lengths were. With `factor` f the unit row is f times the packed one, so
+A packed row is the row times a power of two and `factors` restore the unit row (docs/kernels.md, "Packed rows").
 
-    A_ij = <packed_i, packed_j> f_i f_j / temperature
-
-and rows as they are (normalize=False) are packed with all factors 1. Packed rows lie without gaps, padded with zeros.
-
-Bytes: a row read once from memory, written once. FLOPs: 4 an element.
+Bytes: each row is read once from memory and written once. FLOPs: 4 per element.
 """
 
 from dataclasses import dataclass
@@ -19,14 +15,14 @@ from torch import Tensor
 
 from lfcc_kernels.backends.eager import accumulator
 from lfcc_kernels.backends.triton import runtime
-from lfcc_kernels.backends.triton.tiles import tiles
+from lfcc_kernels.backends.triton.tiles import table, tiles
 
-EPS = tl.constexpr(1e-12)  # the least norm, as in torch.nn.functional.normalize
+EPS = tl.constexpr(1e-12)  # lower bound of a norm, as in torch.nn.functional.normalize
 
 
 @triton.jit
 def _inverse_power_of_two(value):
-    """One over the largest power of two up to `value`, between 2^-100 and 2^100 (2^-900 and 2^900 of float64)."""
+    """One over the largest power of two up to `value`, clamped to 2^-100 and 2^100 (2^-900 and 2^900 for float64)."""
     if value.dtype == tl.float64:
         bits = value.to(tl.int64, bitcast=True) & 0x7FF0000000000000
         power = tl.minimum(tl.maximum(bits.to(tl.float64, bitcast=True), 2.0**-900), 2.0**900)
@@ -41,121 +37,126 @@ def _inverse_power_of_two(value):
 @triton.jit
 def pack_rows(
     source, target, row, inside, width, padded, stride_row, stride_column,
-    NORMALIZE: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Packs rows and returns their numbers: f, 1 / max(norm, EPS), and f again where the gradient of a unit row must
-    lose its part along the row, else 0."""
+    """Pack rows and return, per row, its factor f, 1 / max(norm, EPS), and its projection: f if the gradient of the
+    row loses its part along the row, otherwise 0."""
     step = tl.arange(0, BLOCK_D)
-    from_rows = source + row[:, None].to(tl.int64) * stride_row
-    to_rows = target + row[:, None].to(tl.int64) * padded
-    scale = tl.where(inside, 1.0, 1.0).to(SUM)
+    source_row = source + row[:, None].to(tl.int64) * stride_row
+    target_row = target + row[:, None].to(tl.int64) * padded
+    scale = tl.where(inside, 1.0, 1.0).to(ACC_DTYPE)
     if NORMALIZE:
-        largest = tl.zeros(row.shape, SUM)
+        absmax = tl.zeros(row.shape, ACC_DTYPE)
         for d0 in tl.range(0, width, BLOCK_D):
             mask = inside[:, None] & (d0 + step < width)[None, :]
-            values = tl.load(from_rows + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
-            largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
-        scale = _inverse_power_of_two(largest)
-    squares = tl.zeros(row.shape, SUM)
+            values = tl.load(source_row + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(ACC_DTYPE)
+            absmax = tl.maximum(absmax, tl.max(tl.abs(values), 1))
+        scale = _inverse_power_of_two(absmax)
+    squares = tl.zeros(row.shape, ACC_DTYPE)
     for d0 in tl.range(0, padded, BLOCK_D):
         mask = inside[:, None] & (d0 + step < width)[None, :]
-        values = tl.load(from_rows + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
+        values = tl.load(source_row + (d0 + step)[None, :] * stride_column, mask=mask, other=0.0).to(ACC_DTYPE)
         values *= scale[:, None]
         squares += tl.sum(values * values, 1)
-        place = to_rows + (d0 + step)[None, :]
+        place = target_row + (d0 + step)[None, :]
         tl.store(place, values.to(target.dtype.element_ty), mask=inside[:, None] & (d0 + step < padded)[None, :])
-    factor, inverse_length, tangent = scale, scale, scale * 0
+    factor, inverse_norm, projection = scale, scale, scale * 0
     if NORMALIZE:
         norm = tl.sqrt(squares)
         factor = 1.0 / tl.maximum(norm, scale * EPS, propagate_nan=tl.PropagateNan.ALL)
-        inverse_length = factor * scale
-        tangent = tl.where(norm > scale * EPS, factor, 0.0)
-    return factor, inverse_length, tangent
+        inverse_norm = factor * scale
+        projection = tl.where(norm > scale * EPS, factor, 0.0)
+    return factor, inverse_norm, projection
 
 
 @triton.jit
-def store_inverse(temperature, inverse_temperature, BY_VALUE: tl.constexpr, SUM: tl.constexpr):
-    """1 / temperature; NaN where one in device memory, which no host reads, is not positive and finite."""
-    value = tl.full((), temperature, SUM) if BY_VALUE else tl.load(temperature).to(SUM)
+def store_inverse(temperature, inverse_temperature, BY_VALUE: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    """1 / temperature, or NaN if a temperature in device memory, which the host does not read, is not positive and
+    finite."""
+    value = tl.full((), temperature, ACC_DTYPE) if BY_VALUE else tl.load(temperature).to(ACC_DTYPE)
     valid = (value > 0) & (value < float("inf"))
     tl.store(inverse_temperature, tl.where(valid, 1.0 / value, float("nan")))
 
 
 @triton.jit
 def pack_kernel(
-    student, teacher, temperature, packed_student, packed_teacher, factors, inverse_lengths, tangents,
+    student, teacher, temperature, packed_student, packed_teacher, factors, inverse_norms, projections,
     inverse_temperature, batch, key_count, width, padded, student_row, student_column, teacher_row, teacher_column,
-    NORMALIZE: tl.constexpr, BY_VALUE: tl.constexpr, SUM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, BY_VALUE: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_B rows of the student, then of the teacher, whose numbers follow each other likewise."""
+    """One program packs BLOCK_B rows; the grid covers the student's rows, then the teacher's, and so do the outputs."""
     if tl.program_id(0) == 0:
-        store_inverse(temperature, inverse_temperature, BY_VALUE, SUM)
+        store_inverse(temperature, inverse_temperature, BY_VALUE, ACC_DTYPE)
     blocks = tl.cdiv(batch, BLOCK_B)
     of_teacher = tl.program_id(0) >= blocks
     row = (tl.program_id(0) - tl.where(of_teacher, blocks, 0)) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = row < tl.where(of_teacher, key_count, batch)
-    numbers = pack_rows(
+    factor, inverse_norm, projection = pack_rows(
         tl.where(of_teacher, teacher, student), tl.where(of_teacher, packed_teacher, packed_student), row, inside,
         width, padded, tl.where(of_teacher, teacher_row, student_row).to(tl.int64),
-        tl.where(of_teacher, teacher_column, student_column).to(tl.int64), NORMALIZE, SUM, BLOCK_D,
+        tl.where(of_teacher, teacher_column, student_column).to(tl.int64), NORMALIZE, ACC_DTYPE, BLOCK_D,
     )  # fmt: skip
     place = tl.where(of_teacher, batch, 0) + row
-    tl.store(factors + place, numbers[0], mask=inside)
-    tl.store(inverse_lengths + place, numbers[1], mask=inside)
-    tl.store(tangents + place, numbers[2], mask=inside)
+    tl.store(factors + place, factor, mask=inside)
+    tl.store(inverse_norms + place, inverse_norm, mask=inside)
+    tl.store(projections + place, projection, mask=inside)
 
 
 @triton.jit
-def finish_rows(
-    sums, packed, inverse_lengths, tangents, outer, result, row, inside, width, padded, stride_row,
-    SUM: tl.constexpr, BLOCK_D: tl.constexpr,
+def epilogue_rows(
+    acc, packed, inverse_norms, projections, scale, result, row, inside, width, padded, stride_row,
+    ACC_DTYPE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of rows as they came, from sums_i = sum_j W_ij f_j packed_j: times `outer`, and through the norm, whose
-    gradient takes off the part along the row."""
+    """Gradients of rows from acc_i = sum_j W_ij f_j packed_j: scaled by `scale`, and without the part along the row,
+    which the norm takes away."""
     step = tl.arange(0, BLOCK_D)
-    from_sums = sums + row[:, None].to(tl.int64) * padded
-    from_packed = packed + row[:, None].to(tl.int64) * padded
-    to_rows = result + row[:, None].to(tl.int64) * stride_row
-    tangent = tl.load(tangents + row, mask=inside, other=0.0)
-    outer *= tl.load(inverse_lengths + row, mask=inside, other=0.0)
-    along = tl.zeros(row.shape, SUM)
+    acc_row = acc + row[:, None].to(tl.int64) * padded
+    packed_row = packed + row[:, None].to(tl.int64) * padded
+    result_row = result + row[:, None].to(tl.int64) * stride_row
+    projection = tl.load(projections + row, mask=inside, other=0.0)
+    scale *= tl.load(inverse_norms + row, mask=inside, other=0.0)
+    dot = tl.zeros(row.shape, ACC_DTYPE)
     for d0 in tl.range(0, width, BLOCK_D):
         mask = inside[:, None] & (d0 + step < width)[None, :]
-        total = tl.load(from_sums + (d0 + step)[None, :], mask=mask, other=0.0)
-        along += tl.sum(total * tl.load(from_packed + (d0 + step)[None, :], mask=mask, other=0.0).to(SUM), 1)
+        total = tl.load(acc_row + (d0 + step)[None, :], mask=mask, other=0.0)
+        dot += tl.sum(total * tl.load(packed_row + (d0 + step)[None, :], mask=mask, other=0.0).to(ACC_DTYPE), 1)
     for d0 in tl.range(0, width, BLOCK_D):
         mask = inside[:, None] & (d0 + step < width)[None, :]
-        total = tl.load(from_sums + (d0 + step)[None, :], mask=mask, other=0.0)
-        unit = tangent[:, None] * tl.load(from_packed + (d0 + step)[None, :], mask=mask, other=0.0).to(SUM)
-        value = outer[:, None] * (total - (along * tangent)[:, None] * unit)
-        tl.store(to_rows + (d0 + step)[None, :], value.to(result.dtype.element_ty), mask=mask)
+        total = tl.load(acc_row + (d0 + step)[None, :], mask=mask, other=0.0)
+        unit = projection[:, None] * tl.load(packed_row + (d0 + step)[None, :], mask=mask, other=0.0).to(ACC_DTYPE)
+        value = scale[:, None] * (total - (dot * projection)[:, None] * unit)
+        tl.store(result_row + (d0 + step)[None, :], value.to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def finish_kernel(
-    sums, packed, inverse_lengths, tangents, inverse_temperature, magnitude, result, rows, width, padded, stride_row,
-    GAIN: tl.constexpr, RELATIVE: tl.constexpr, SUM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+def epilogue_kernel(
+    acc, packed, inverse_norms, projections, inverse_temperature, grad_absmax, result, rows, width, padded, stride_row,
+    LOSS_SCALE: tl.constexpr, BY_ABSMAX: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_B rows from GAIN / magnitude sum_j W_ij f_j packed_j."""
+    """Gradients of BLOCK_B rows from acc = LOSS_SCALE / grad_absmax sum_j W_ij f_j packed_j."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    outer = tl.load(inverse_temperature) / GAIN
-    if RELATIVE:
-        outer *= tl.load(magnitude)
-    finish_rows(
-        sums, packed, inverse_lengths, tangents, outer, result, row, row < rows, width, padded, stride_row, SUM, BLOCK_D
-    )
+    scale = tl.load(inverse_temperature) / LOSS_SCALE
+    if BY_ABSMAX:
+        scale *= tl.load(grad_absmax)
+    epilogue_rows(
+        acc, packed, inverse_norms, projections, scale, result, row, row < rows, width, padded, stride_row,
+        ACC_DTYPE, BLOCK_D,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Both sides packed, and what else the kernels of a pair read."""
+    """Packed rows of both sides, and the other inputs of the kernels of a pair."""
 
     student: Tensor  # (B, padded)
     teacher: Tensor  # (K, padded)
     width: int
-    factors: Tensor  # (B + K,), and so the next two
-    inverse_lengths: Tensor
-    tangents: Tensor
+    fused: bool  # whether the rows are padded for the tiles of `info_nce_fused.py`
+    factors: Tensor  # (B + K,), as the next two
+    inverse_norms: Tensor
+    projections: Tensor
     inverse_temperature: Tensor  # (1,)
     student_ids: Tensor | None
     teacher_ids: Tensor | None
@@ -179,75 +180,89 @@ class Pair:
 
     @property
     def ids(self) -> tuple[Tensor, Tensor]:
-        """The ids of both sides, or where there are none any tensors, which are not read."""
+        """The ids of both sides; without ids, arbitrary tensors, which are not read."""
         if self.student_ids is None or self.teacher_ids is None:
             return self.factors, self.factors
         return self.student_ids, self.teacher_ids
 
     @property
-    def total(self) -> torch.dtype:
-        """The type sums are taken in."""
+    def acc_dtype(self) -> torch.dtype:
         return self.factors.dtype
 
     @property
-    def gain(self) -> float:
-        """Factor that keeps weights, at most 1 in size, inside the range of float16."""
-        return 2.0**15 if self.student.dtype == torch.float16 else 1.0
+    def loss_scale(self) -> float:
+        """Keeps gradient weights, at most 1 in magnitude, inside the range of float16."""
+        return loss_scale(self.student.dtype)
 
-    def numbers(self, *shape: int) -> Tensor:
-        """An empty tensor of the type sums are taken in; one a result, since those of an op may not share memory."""
+    def new_stats(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of the accumulator's dtype; one per output, because outputs must not alias."""
         return self.factors.new_empty(shape)
 
     def tiles(self, kernel: str) -> dict[str, int]:
-        architecture = runtime.chip(self.student.device).capability
-        return tiles(kernel, str(self.student.element_size()), architecture)
+        return tiles(kernel, str(self.student.element_size()), runtime.device_props(self.student.device).capability)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Further inputs of a gradient, and the side whose rows it is for."""
+
+    grad: Tensor  # (B,), of each row's loss
+    row_lse: Tensor  # (B,), from the forward pass
+    col_lse: Tensor  # (B,), of the positives' columns; empty unless symmetric
+    grad_absmax: Tensor | None  # (), a divisor of the weights
+    symmetric: bool
+    of_teacher: bool
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    return 2.0**15 if dtype == torch.float16 else 1.0
 
 
 def pack(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: Tensor,
-    student_ids: Tensor | None,
-    teacher_ids: Tensor | None,
-    positive_offset: int,
-    normalize: bool,
-    padded: int,
-) -> Pair:
-    """Pack both sides' rows, of `padded` values each, in one launch."""
+    student: Tensor, teacher: Tensor, temperature: Tensor, student_ids: Tensor | None, teacher_ids: Tensor | None,
+    positive_offset: int, normalize: bool,
+) -> Pair:  # fmt: skip
+    """Pack the rows of both sides in one launch, for the algorithm that suits their number and width."""
     batch, width = student.shape
-    keys, total = len(teacher), accumulator(student.dtype)
+    keys, acc_dtype = len(teacher), accumulator(student.dtype)
+    capability = runtime.device_props(student.device).capability
+    limits = table(capability)["fused"].get(str(student.element_size()))  # None for float64, which has no fused tiles
+    tile = max(16, triton.next_power_of_2(width))
+    fused = limits is not None and tile <= limits["widest"] and batch >= limits["fewest_rows"]
+    padded = tile if fused else triton.cdiv(width, 16) * 16
     packed = student.new_empty(batch + keys, padded)
-    numbers = student.new_empty(3, batch + keys, dtype=total)
-    inverse_temperature = numbers.new_empty(1)
-    given = given_temperature(temperature, numbers)
-    block = tiles("pack", str(student.element_size()), runtime.chip(student.device).capability)
+    stats = student.new_empty(3, batch + keys, dtype=acc_dtype)
+    inverse_temperature = stats.new_empty(1)
+    given = kernel_temperature(temperature, stats)
+    block = tiles("pack", str(student.element_size()), capability)
     pack_kernel[(triton.cdiv(batch, block["BLOCK_B"]) + triton.cdiv(keys, block["BLOCK_B"]),)](
-        student, teacher, given, packed, packed[batch:], *numbers, inverse_temperature, batch, keys, width, padded,
+        student, teacher, given, packed, packed[batch:], *stats, inverse_temperature, batch, keys, width, padded,
         *student.stride(), *teacher.stride(), NORMALIZE=normalize, BY_VALUE=isinstance(given, float),
-        SUM=runtime.in_triton(total), **block,
+        ACC_DTYPE=runtime.to_tl_dtype(acc_dtype), **block,
     )  # fmt: skip
     ids = (None if ids is None else ids.contiguous() for ids in (student_ids, teacher_ids))
-    return Pair(packed[:batch], packed[batch:], width, *numbers, inverse_temperature, *ids, positive_offset)
+    return Pair(packed[:batch], packed[batch:], width, fused, *stats, inverse_temperature, *ids, positive_offset)
 
 
-def finish(pair: Pair, sums: Tensor, of_teacher: bool, magnitude: Tensor | None, result: Tensor) -> None:
-    """Gradient of one side's rows as they came into result (rows, D), from the sums that `finish_kernel` takes."""
+def epilogue(pair: Pair, acc: Tensor, of_teacher: bool, grad_absmax: Tensor | None, result: Tensor) -> None:
+    """Write the gradient of one side's rows to result (rows, D), from acc as `epilogue_kernel` reads it."""
     packed = pair.teacher if of_teacher else pair.student
-    own = slice(pair.batch, None) if of_teacher else slice(pair.batch)
-    block = pair.tiles("finish")
-    finish_kernel[(triton.cdiv(len(sums), block["BLOCK_B"]),)](
-        sums, packed, pair.inverse_lengths[own], pair.tangents[own], pair.inverse_temperature,
-        sums if magnitude is None else magnitude, result, len(sums), pair.width, packed.shape[1],
-        result.stride(0), GAIN=pair.gain, RELATIVE=magnitude is not None, SUM=runtime.in_triton(pair.total), **block,
+    side = slice(pair.batch, None) if of_teacher else slice(pair.batch)
+    block = pair.tiles("epilogue")
+    epilogue_kernel[(triton.cdiv(len(acc), block["BLOCK_B"]),)](
+        acc, packed, pair.inverse_norms[side], pair.projections[side], pair.inverse_temperature,
+        acc if grad_absmax is None else grad_absmax, result, len(acc), pair.width, packed.shape[1], result.stride(0),
+        LOSS_SCALE=pair.loss_scale, BY_ABSMAX=grad_absmax is not None, ACC_DTYPE=runtime.to_tl_dtype(pair.acc_dtype),
+        **block,
     )  # fmt: skip
 
 
-def given_temperature(temperature: Tensor, numbers: Tensor) -> Tensor | float:
-    """As the kernel takes it: by value from the CPU, so that nothing waits for a copy, else where it lies."""
+def kernel_temperature(temperature: Tensor, stats: Tensor) -> Tensor | float:
+    """The temperature as a kernel argument: by value if it is on the CPU, which avoids a copy, otherwise a tensor."""
     if temperature.device.type != "cpu":
-        return temperature.to(numbers.device)
+        return temperature.to(stats.device)
     value = temperature.item()
     if not 0 < value < float("inf"):
-        raise ValueError(f"info_nce: temperature is {value}; expected a positive finite number, as 0.1")
-    # Triton takes numbers as float32.
-    return numbers.new_full((), value) if numbers.dtype == torch.float64 else value
+        raise ValueError(f"info_nce: temperature is {value}; expected a positive finite number, such as 0.1")
+    # Triton passes Python numbers as float32.
+    return stats.new_full((), value) if stats.dtype == torch.float64 else value

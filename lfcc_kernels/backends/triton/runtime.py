@@ -1,4 +1,4 @@
-"""What both ops' launchers share: the chip they run on, and the types in which products and sums are taken."""
+"""Shared by the launchers of both ops: properties of the GPU, and the dtypes of products and accumulators."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -12,46 +12,46 @@ from lfcc_kernels.backends.triton import INTERPRET
 
 
 @dataclass(frozen=True)
-class Chip:
-    """What the choice of tiles depends on."""
+class DeviceProps:
+    """The properties that the choice of tiles depends on."""
 
-    capability: int  # whose table serves: 90 for compute capability 9.0; 0 in the interpreter
+    capability: int  # which table is used: 90 for compute capability 9.0; 0 in the interpreter
     multiprocessors: int
     l2_bytes: int
 
 
 @functools.cache
-def chip(device: torch.device) -> Chip:
+def device_props(device: torch.device) -> DeviceProps:
     if INTERPRET:
-        return Chip(0, 1, 1 << 20)
+        return DeviceProps(0, 1, 1 << 20)
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
-    # Consumer chips have less shared memory than tiles of the newer tables take.
+    # Consumer GPUs have less shared memory than the tiles of newer tables need.
     if properties.shared_memory_per_block_optin < 160 << 10:
         capability = 80
-    return Chip(capability, properties.multi_processor_count, properties.L2_cache_size)
+    return DeviceProps(capability, properties.multi_processor_count, properties.L2_cache_size)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Context in which the tensor's device is the current one, where Triton launches."""
     return nullcontext() if INTERPRET else torch.cuda.device(tensor.device)
 
 
-def raised(dtype: torch.dtype) -> torch.dtype:
-    """The type in which elements of `dtype` are multiplied.
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which elements of `dtype` are multiplied.
 
-    The interpreter keeps bfloat16 as bit patterns and would compute with those, so there two bytes become four.
+    The interpreter stores bfloat16 as bit patterns and would multiply those, so it widens 16-bit elements to float32.
     """
     return torch.float32 if INTERPRET and dtype != torch.float64 else dtype
 
 
-def in_triton(dtype: torch.dtype) -> tl.dtype:
+def to_tl_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def precision(dtype: torch.dtype, as_matmul: bool) -> str:
-    """`input_precision` of tl.dot: three TF32 products keep nearly all digits of float32 on tensor cores, one is for
-    products that torch's own setting allows it for."""
+    """`input_precision` of tl.dot: 3xTF32, which preserves nearly all digits of float32 on tensor cores, or plain TF32
+    for products to which torch's own matmul setting applies."""
     if INTERPRET or dtype != torch.float32:
         return "ieee"
     return "tf32" if as_matmul and _allows_tf32() else "tf32x3"

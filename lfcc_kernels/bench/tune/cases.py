@@ -83,7 +83,7 @@ def kernel_cases(sizes: Sizes) -> list[Case]:
         for way, pairs in ((FUSED, sizes.fused), (CHUNKS, sizes.chunks)):
             for rows, width in pairs:
                 cases += _info_nce_cases(rows, width, dtype, {"fused": dict.fromkeys(TYPES, way)})
-        cases += [_group_case(rows, sizes, dtype, {"group_products": TOGETHER}) for rows in sizes.group]
+        cases += [_group_case(rows, sizes, dtype, {"foreach_products": TOGETHER}) for rows in sizes.group]
     return cases
 
 
@@ -111,7 +111,7 @@ def crossovers(sizes: Sizes) -> Iterator[Crossover]:
     pairs = len(sizes.group_channels) * len(SCALES)
     products = {pairs * rows * rows: rows for rows in sizes.crossover_group}
     yield Crossover(
-        path=("group_products",),
+        path=("foreach_products",),
         ways=(TOGETHER, IN_TURN),
         cases={at: _group_case(rows, sizes, torch.bfloat16, {}) for at, rows in products.items()},
         rules=[IN_TURN, *products],

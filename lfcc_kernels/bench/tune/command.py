@@ -36,7 +36,7 @@ def tune(output: str | Path | None = None) -> None:
     from lfcc_kernels.bench.tune.search import Tuner
 
     device = torch.device("cuda", torch.cuda.current_device())
-    architecture = runtime.chip(device).capability
+    architecture = runtime.device_props(device).capability
     path = Path(output) if output else tiles.table_path(architecture)
     say(f"{torch.cuda.get_device_name()}: a few minutes, then {path}")
     tuner = Tuner(tiles.table(architecture), Sizes(), DeviceClock(device), say)

@@ -21,7 +21,7 @@ class DeviceClock:
     """Seconds that the GPU needs for a call which it finds enqueued, with nothing of its inputs in a cache."""
 
     def __init__(self, device: torch.device) -> None:
-        self._other = torch.zeros(2 * runtime.chip(device).l2_bytes // 4, device=device)
+        self._other = torch.zeros(2 * runtime.device_props(device).l2_bytes // 4, device=device)
 
     def __call__(self, call: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,23 +1,23 @@
-// lowpass where the channels of a pixel are contiguous (channels-last maps, tokens). An image's block of up to 512
-// channels is one unit of work, and every loop runs over its channels.
+// lowpass of maps whose channels are contiguous (channels-last maps, tokens). A block of up to 512 channels of an image
+// is the unit of work, and every loop runs over its channels.
 //
-// Forward, a row h of the map: T_j += K[j,w] F[h,w] over its pixels, four at a time where the same windows j cover
-// them, then Y[i,j] += R[i,h] T_j. Backward: Z_j = sum_i R[i,h] dY[i,j], then dF[h,w] = sum_j K[j,w] Z_j, written once.
-// Bytes and FLOPs are those of lowpass_planes.h with rows and columns exchanged.
+// Forward, per row h of the map: T_j += K[j,w] F[h,w] over its pixels, four at a time if the same windows j cover them,
+// then Y[i,j] += R[i,h] T_j. Backward: Z_j = sum_i R[i,h] dY[i,j], then dF[h,w] = sum_j K[j,w] Z_j, written once. Bytes
+// and FLOPs are those of lowpass_nchw.h with rows and columns exchanged.
 #pragma once
 
 #include "cpu/lowpass_layout.h"
 
-namespace lfcc::lanes {
+namespace lfcc::nhwc {
 
-constexpr int64_t BLOCK = 512;  // channels: S rows of T stay in the first cache
+constexpr int64_t BLOCK = 512;  // channels: S rows of T stay in L1
 
 template <typename T>
 int64_t units(const Map<T>& map) {
   return units_of<BLOCK>(map);
 }
 
-// to[c] += sum_q k[q] F[q][c] over a run of pixels, four at a time so that `to` is read and written seldom.
+// to[c] += sum_q k[q] F[q][c] over a run of pixels, four at a time to load and store `to` less often.
 template <typename T, typename A>
 LFCC_INLINE void add_pixels(A* __restrict__ to, const T* pixels, int64_t stride, const A* k, int64_t count, int64_t n) {
   int64_t q = 0;
@@ -36,7 +36,7 @@ LFCC_INLINE void add_scaled(A* __restrict__ to, A weight, const A* from, int64_t
   for (int64_t c = 0; c < n; ++c) to[c] += weight * from[c];
 }
 
-// sums[j] = sum_w K[j,w] F[w] over a row of pixels; the average adds each segment of pixels up once.
+// sums[j] = sum_w K[j,w] F[w] over a row of pixels; the average sums each segment of pixels once.
 template <typename T, typename A>
 LFCC_INLINE void sum_columns(const Axis<A>& cols, const T* row, int64_t stride_w, int64_t n, A* sums, A* total) {
   std::fill(sums, sums + cols.rows * BLOCK, A(0));
@@ -73,10 +73,10 @@ template <int N, typename A>
 LFCC_INLINE void dots(const A* a, const A* b, int64_t n, A* sums, int64_t stride) {
   vec<A> sum[N] = {};
   int64_t c = 0;
-  for (; c + LANES <= n; c += LANES)
+  for (; c + VEC <= n; c += VEC)
     for (int i = 0; i < N; ++i) sum[i] += load_vector(a + c) * load_vector(b + i * BLOCK + c);
   for (int i = 0; i < N; ++i) {
-    A total = sum_lanes<A>(sum[i]);
+    A total = sum_elements<A>(sum[i]);
     for (int64_t rest = c; rest < n; ++rest) total += a[rest] * b[i * BLOCK + rest];
     sums[i * stride] += total;
   }
@@ -98,7 +98,8 @@ LFCC_INLINE void forward_body(const Filters<A>& filters, const Map<const T>& x, 
           const int64_t cell = filters.cell_offset[s] + (i - filters.row_offset[s]) * filters.scales[s];
           for (int64_t j = 0; j < filters.scales[s]; ++j)
             add_scaled(
-                cells.data() + (cell + j) * BLOCK, weight, sums.data() + (filters.row_offset[s] + j) * BLOCK, unit.width);
+                cells.data() + (cell + j) * BLOCK, weight, sums.data() + (filters.row_offset[s] + j) * BLOCK,
+                unit.width);
         }
     }
     store_cells<BLOCK>(filters, cells.data(), unit, x.channels, y);
@@ -167,4 +168,4 @@ LFCC_LOWPASS_LAYOUT(float, float)
 LFCC_LOWPASS_LAYOUT(BFloat16, float)
 LFCC_LOWPASS_LAYOUT(Half, float)
 
-}  // namespace lfcc::lanes
+}  // namespace lfcc::nhwc
