@@ -1,76 +1,79 @@
-"""The losses as modules: they own what learns, and call the functions."""
+"""Loss modules. They own the trainable parameters and call the functional API."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lfcc_kernels.distributed import RowsOfAllRanks, contrast_across_ranks, resolve_group
+from lfcc_kernels._checks import FeatureMap, check_fit, check_map, check_scales
+from lfcc_kernels.backends.dtypes import accumulator
+from lfcc_kernels.distributed import GatheredKeys, PendingKeys, contrast_across_ranks, resolve_group
 from lfcc_kernels.filters import BANKS
-from lfcc_kernels.functional import (
-    DIRECTIONS,
-    check_scales,
-    info_nce,
-    info_nce_foreach,
-    lowpass,
-    lowpass_foreach,
-    map_size,
-)
+from lfcc_kernels.functional import DIRECTIONS, info_nce, info_nce_foreach, lowpass_of_maps
 
 Gather = str | dist.ProcessGroup
 
 
 class LowPassPyramid(nn.Module):
-    """Low-pass a feature map at several scales with one of the filter banks.
+    """Low-pass a feature map at several scales with a filter bank.
 
     Args:
-        scales: output grids, s x s each.
-        filter: "average" (adaptive windows), "learnable" (trainable weights inside those windows, starting as the
+        scales: Sizes of the output grids, s x s each.
+        filter: "average" (adaptive windows), "learnable" (trainable weights within those windows, initialised to the
             average), "gaussian" (trainable width) or "dct" (the first s x s coefficients of the DCT-II).
+
+    Raises:
+        TypeError: `scales` is not a sequence of ints.
+        ValueError: `scales` has no entry or one below 1, or `filter` is unknown.
     """
 
     def __init__(self, scales: Sequence[int] = (1, 2, 4), filter: str = "average") -> None:
         super().__init__()
         if filter not in BANKS:
             raise ValueError(f"LowPassPyramid: filter is {filter!r}; expected one of {', '.join(BANKS)}")
-        self.scales = check_scales(scales)
+        self.scales = check_scales("LowPassPyramid", scales)
         self.bank = BANKS[filter](self.scales)
 
     def forward(self, x: Tensor, *, grid: tuple[int, int] | None = None, prefix_tokens: int = 0) -> Tensor:
-        """Map (B, C, H, W) or tokens (B, N, C) -> (B, cells, C) in x's dtype; arguments as `lowpass`."""
-        row_filters, col_filters = self.filters(x, grid, prefix_tokens) or (None, None)
-        return lowpass(
-            x,
-            self.scales,
-            row_filters=row_filters,
-            col_filters=col_filters,
-            grid=grid,
-            prefix_tokens=prefix_tokens,
-        )
+        """Low-pass one map.
 
-    def filters(
-        self, x: Tensor, grid: tuple[int, int] | None = None, prefix_tokens: int = 0
-    ) -> tuple[Tensor, Tensor] | None:
-        """The bank's matrices for this map, as `lowpass` takes them; None for the average."""
-        row_filters, col_filters = self.bank(*map_size(x, grid, prefix_tokens))
-        if row_filters is None:
+        Args:
+            x: Map (B, C, H, W) or tokens (B, N, C), as for `lowpass`.
+            grid: (H, W) of tokens, as for `lowpass`.
+            prefix_tokens: Number of class and register tokens, as for `lowpass`.
+
+        Returns:
+            Tensor (B, cells, C) in the dtype of `x`, with cells = sum of s * s.
+        """
+        feature_map = check_map("LowPassPyramid: x", x, grid, prefix_tokens)
+        check_fit(feature_map, self.scales)
+        filters = self.filters_of(feature_map)
+        return lowpass_of_maps([feature_map], self.scales, None if filters is None else [filters])[0]
+
+    def filters_of(self, feature_map: FeatureMap) -> tuple[Tensor, Tensor] | None:
+        """(row_filters, col_filters) of the bank for a map, as for `lowpass`; None for the average."""
+        row_filters, col_filters = self.bank(feature_map.height, feature_map.width)
+        if row_filters is None or col_filters is None:
             return None
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = accumulator(feature_map.x.dtype)
         return row_filters.to(dtype), col_filters.to(dtype)
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce` with a temperature that may learn and negatives that may come from all ranks.
+    """`info_nce` with an optionally trainable temperature and negatives from all ranks.
 
     Args:
-        temperature: positive number; where it learns, the start.
+        temperature: Positive number; the initial value if it is trainable.
         direction: "student_to_teacher", "teacher_to_student" or "symmetric".
-        learnable_temperature: train log(temperature), so that it stays positive.
-        gather: "auto" takes the negatives of all ranks where a process group is initialised, "none" those of this
-            rank; a `ProcessGroup` names the ranks. Every rank must hold the same number of rows (drop_last=True).
+        learnable_temperature: Train log(temperature), which keeps the temperature positive.
+        gather: "auto" contrasts with the rows of all ranks if a process group is initialised, "none" with those of
+            this rank; a `ProcessGroup` selects the ranks. Every rank needs the same number of rows (drop_last=True).
+
+    Raises:
+        ValueError: An argument has an unsupported value.
     """
 
     def __init__(
@@ -82,20 +85,21 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"InfoNCELoss: temperature is {temperature}; expected a positive finite number, as 0.1")
+            raise ValueError(f"InfoNCELoss: temperature is {temperature}; expected a positive finite number, e.g. 0.1")
         if direction not in DIRECTIONS:
             raise ValueError(f"InfoNCELoss: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}")
         if isinstance(gather, str) and gather not in ("auto", "none"):
             raise ValueError(f"InfoNCELoss: gather is {gather!r}; expected 'auto', 'none' or a ProcessGroup")
         self.direction, self.gather = direction, gather
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))  # FSDP takes no 0-d parameter
+            # One element, because FSDP does not support 0-d parameters.
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
         else:
             self._temperature = temperature
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature as `info_nce` takes it: a float, or a 0-d tensor where it learns."""
+        """The temperature as `info_nce` expects it: a float, or a 0-d tensor if it is trainable."""
         return self.log_temperature.float().exp().squeeze(0) if hasattr(self, "log_temperature") else self._temperature
 
     def forward(
@@ -106,7 +110,21 @@ class InfoNCELoss(nn.Module):
         student_ids: Tensor | None = None,
         teacher_ids: Tensor | None = None,
     ) -> Tensor:
-        """Rows (B, D) of student and teacher, row i of one the positive of row i of the other -> scalar loss."""
+        """The mean loss of this rank's rows.
+
+        Args:
+            student: (B, D).
+            teacher: (B, D); row i is the positive of student row i.
+            student_ids: Integers (B,), as for `info_nce`.
+            teacher_ids: Integers (B,), as for `info_nce`.
+
+        Returns:
+            Scalar of float32 (float64 for float64 inputs).
+
+        Raises:
+            TypeError: As `info_nce`.
+            ValueError: As `info_nce`; also, on every rank, if the gathered rows differ between ranks.
+        """
         group = resolve_group(self.gather)
         if group is not None:
             options = self.temperature, self.direction, student_ids, teacher_ids, group
@@ -120,50 +138,75 @@ class InfoNCELoss(nn.Module):
             teacher_ids=teacher_ids,
         )
 
-    def of_pairs(
+    def forward_many(
         self,
         students: Sequence[Tensor],
         teachers: Sequence[Tensor],
         ids: Tensor | None = None,
         *,
         temperature: Tensor | None = None,
-        keys: tuple[Sequence[Tensor], Tensor | None] | None = None,
+        keys: GatheredKeys | None = None,
     ) -> Tensor:
-        """The loss of every pair of a list, (pairs,); `ids` are those of the images, the same on both sides.
+        """The mean loss of every pair of two lists.
 
-        `temperature` in place of the module's own; `keys`, the teachers' rows and ids of all ranks where they were
-        gathered before.
+        Args:
+            students: Tensors (B, D) of the same B images.
+            teachers: Tensors (B, D), one per student tensor.
+            ids: Integers (B,) of the images, the same for both sides.
+            temperature: 0-d tensor that replaces the module's temperature.
+            keys: The teachers' rows and ids of all ranks, if they are gathered already.
+
+        Returns:
+            Tensor (pairs,) of float32 (float64 for float64 inputs).
         """
-        temperature = self.temperature if temperature is None else temperature
+        temperature_or_own = self.temperature if temperature is None else temperature
         group = resolve_group(self.gather)
         if group is not None:
-            return contrast_across_ranks(students, teachers, temperature, self.direction, ids, ids, group, keys)
+            return contrast_across_ranks(students, teachers, temperature_or_own, self.direction, ids, ids, group, keys)
         return info_nce_foreach(
             students,
             teachers,
-            temperature=temperature,
+            temperature=temperature_or_own,
             direction=self.direction,
             student_ids=ids,
             teacher_ids=ids,
         )
 
 
+class _TokenLayout(NamedTuple):
+    """The options of `lowpass` for tokens (B, N, C)."""
+
+    grid: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+
+
 class LFCCLoss(nn.Module):
     """Low-frequency contrastive distillation between two networks of any architecture.
 
-    For every stage, both feature maps are low-passed to s x s grids for every scale s, the student's cells are
-    projected to the teacher's channels, and the flattened grids of student and teacher are contrasted inside the
-    batch; the loss is the mean over stages and scales. A reconstruction of arXiv 2405.18524: see the README for
-    what the paper leaves open and what was chosen.
+    In every stage, both feature maps are low-passed to s x s grids for every scale s, the student's cells are
+    projected to the teacher's channels, and the flattened grids of student and teacher are contrasted within the
+    batch by `info_nce`. The loss is the mean over stages and scales. It is a reconstruction of arXiv 2405.18524; the
+    documentation lists what the paper leaves open and the choices made here.
 
     Args:
-        student_channels, teacher_channels: channels of each stage's features, one int a stage.
-        scales: output grids of the low-pass.
-        temperature, direction, learnable_temperature, gather: as `InfoNCELoss`, shared by stages and scales.
-        student_filter: filter bank of the student, as `LowPassPyramid`.
-        teacher_filter: filter bank of the teacher, which has no parameters: "average", "gaussian" or "dct".
-        return_parts: also return {(stage, scale): loss}.
-        student_grid, teacher_grid, student_prefix_tokens, teacher_prefix_tokens: for tokens (B, N, C), as `lowpass`.
+        student_channels: Channels of the student's features, one int per stage.
+        teacher_channels: Channels of the teacher's features, one int per stage.
+        scales: Sizes of the output grids of the low-pass.
+        temperature: As for `InfoNCELoss`, shared by stages and scales.
+        direction: As for `InfoNCELoss`.
+        student_filter: Filter bank of the student, as for `LowPassPyramid`.
+        teacher_filter: Filter bank of the teacher, without trainable parameters: "average", "gaussian" or "dct".
+        learnable_temperature: As for `InfoNCELoss`.
+        gather: As for `InfoNCELoss`.
+        return_parts: Also return the loss of each stage and scale, {(stage, scale): loss}.
+        student_grid: (H, W) of the student's tokens (B, N, C), as for `lowpass`.
+        teacher_grid: (H, W) of the teacher's tokens.
+        student_prefix_tokens: Number of class and register tokens of the student, as for `lowpass`.
+        teacher_prefix_tokens: Number of class and register tokens of the teacher.
+
+    Raises:
+        TypeError: `scales` is not a sequence of ints.
+        ValueError: An argument has an unsupported value, or the sides differ in their number of stages.
     """
 
     def __init__(
@@ -187,18 +230,18 @@ class LFCCLoss(nn.Module):
         super().__init__()
         if not student_channels or len(student_channels) != len(teacher_channels):
             raise ValueError(
-                f"LFCCLoss: student_channels has {len(student_channels)} stages, teacher_channels "
+                f"LFCCLoss: student_channels has {len(student_channels)} stages but teacher_channels has "
                 f"{len(teacher_channels)}; expected the same number, at least one"
             )
         if teacher_filter == "learnable":
             raise ValueError(
-                "LFCCLoss: the teacher is frozen, so a learnable teacher_filter would stay the average it starts as; "
-                "use teacher_filter='average'"
+                "LFCCLoss: teacher_filter is 'learnable', but the teacher is frozen, so the filter would remain the "
+                "average; use teacher_filter='average'"
             )
-        self.scales = check_scales(scales)
+        self.scales = check_scales("LFCCLoss", scales)
         self.return_parts = return_parts
-        self._student_tokens = {"grid": student_grid, "prefix_tokens": student_prefix_tokens}
-        self._teacher_tokens = {"grid": teacher_grid, "prefix_tokens": teacher_prefix_tokens}
+        self._student_tokens = _TokenLayout(student_grid, student_prefix_tokens)
+        self._teacher_tokens = _TokenLayout(teacher_grid, teacher_prefix_tokens)
         self.student_filters = nn.ModuleList(LowPassPyramid(self.scales, student_filter) for _ in student_channels)
         self.student_projections = nn.ModuleList(
             nn.Linear(c_student, c_teacher, bias=False)
@@ -213,20 +256,38 @@ class LFCCLoss(nn.Module):
         teacher_features: Sequence[Tensor],
         ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Tensor]]:
-        """Two lists of (B, C, H, W) or (B, N, C), one entry a stage -> scalar loss (and parts).
+        """The loss of a batch.
 
-        `ids` (B,), integers: images with equal ids are no negatives of each other.
+        Args:
+            student_features: Maps (B, C, H, W) or tokens (B, N, C), one per stage.
+            teacher_features: The same for the teacher; it gets no gradient.
+            ids: Integers (B,). Images with equal ids are not negatives of each other.
+
+        Returns:
+            Scalar of float32 (float64 for float64 parameters); with `return_parts` a pair of it and
+            {(stage, scale): scalar}.
+
+        Raises:
+            TypeError: A feature is not a tensor or has an unsupported dtype.
+            ValueError: A feature has the wrong shape, device or number of channels, or the sides differ in their
+                number of images or stages.
         """
         teachers = self.teacher_pyramids(teacher_features)
-        travelling = self.start_gather(teachers, ids)
+        pending = self.gather_async(teachers, ids)
         students = self.student_pyramids(student_features)
-        return self.contrast(students, teachers, ids, keys=travelling and travelling.wait())
+        return self.contrast(students, teachers, ids, keys=None if pending is None else pending.wait())
 
     def student_pyramids(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Low-passed and projected features, (B, cells, C_t) float32 (float64 for float64) a stage."""
-        self._check_stages("student", features)
-        pooled = self._low_pass(features, self.student_filters, self._student_tokens)
-        # Pooling commutes with a bias-free channel map, so project the few cells, not the map.
+        """Low-pass and project the student's features.
+
+        Args:
+            features: Maps (B, C, H, W) or tokens (B, N, C), one per stage.
+
+        Returns:
+            One tensor (B, cells, C_t) per stage, in the dtype of the parameters.
+        """
+        pooled = self._low_pass("student", features, self._student_tokens, list(self.student_filters))
+        # Pooling commutes with a linear map of the channels, so the few cells are projected and not the map.
         with torch.autocast(pooled[0].device.type, enabled=False):
             return [
                 projection(cells.to(projection.weight.dtype))
@@ -235,20 +296,35 @@ class LFCCLoss(nn.Module):
 
     @torch.no_grad()
     def teacher_pyramids(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Low-passed features, (B, cells, C_t) a stage, without gradient; may be kept in a teacher's place."""
-        self._check_stages("teacher", features)
-        return self._low_pass(features, [self.teacher_filter] * len(features), self._teacher_tokens)
+        """Low-pass the teacher's features, without gradient. The result can be stored in place of the teacher.
 
-    def start_gather(self, teacher_pyramids: Sequence[Tensor], ids: Tensor | None = None) -> RowsOfAllRanks | None:
-        """Send the teacher's pyramids to all ranks; `contrast` takes what `wait` of the result returns as its keys.
+        Args:
+            features: Maps (B, C, H, W) or tokens (B, N, C), one per stage.
 
-        Called before the student's forward pass, they travel during it. None where `contrast` needs no pyramids but
-        this rank's. Raises ValueError, on every rank, where the ranks' batches differ in size.
+        Returns:
+            One tensor (B, cells, C_t) per stage, in the dtype of the feature.
+        """
+        filters = [self.teacher_filter] * len(self.student_projections)
+        return self._low_pass("teacher", features, self._teacher_tokens, filters)
+
+    def gather_async(self, teacher_pyramids: Sequence[Tensor], ids: Tensor | None = None) -> PendingKeys | None:
+        """Start to send the teacher's pyramids to all ranks, e.g. before the student's forward pass.
+
+        Args:
+            teacher_pyramids: Tensors (B, cells, C_t), one per stage.
+            ids: Integers (B,) of the images.
+
+        Returns:
+            An object whose `wait()` returns the `keys` for `contrast`; None if `contrast` needs this rank's pyramids
+            only.
+
+        Raises:
+            ValueError: On every rank, if the ranks differ in batch size, dtype or use of ids.
         """
         group = resolve_group(self.info_nce.gather)
         if group is None or self.info_nce.direction == "teacher_to_student":
             return None
-        return RowsOfAllRanks([pyramid.detach() for pyramid in teacher_pyramids], ids, group)
+        return PendingKeys([pyramid.detach() for pyramid in teacher_pyramids], ids, group)
 
     def contrast(
         self,
@@ -256,29 +332,40 @@ class LFCCLoss(nn.Module):
         teacher_pyramids: Sequence[Tensor],
         ids: Tensor | None = None,
         *,
-        keys: tuple[Sequence[Tensor], Tensor | None] | None = None,
+        keys: GatheredKeys | None = None,
         temperature: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Tensor]]:
-        """The loss of pyramids (B, cells, C_t), one a stage, as the methods above return them.
+        """The loss of pyramids.
 
-        `keys`: pyramids and ids of all ranks, where `start_gather` sent these; else they are gathered here.
-        `temperature` (0-d) is taken in place of the module's own.
+        Args:
+            student_pyramids: Tensors (B, cells, C_t), one per stage, from `student_pyramids`.
+            teacher_pyramids: Tensors (B, cells, C_t), one per stage, from `teacher_pyramids`.
+            ids: Integers (B,) of the images.
+            keys: Pyramids and ids of all ranks, if `gather_async` sent them; otherwise they are gathered here.
+            temperature: 0-d tensor that replaces the module's temperature.
+
+        Returns:
+            As `forward`.
+
+        Raises:
+            ValueError: The sides differ in their number of stages or images.
         """
         if len(student_pyramids) != len(teacher_pyramids):
             raise ValueError(
-                f"LFCCLoss: {len(student_pyramids)} student and {len(teacher_pyramids)} teacher pyramids; "
-                "expected the same number, one a stage"
+                f"LFCCLoss: student_pyramids has {len(student_pyramids)} entries but teacher_pyramids has "
+                f"{len(teacher_pyramids)}; expected one per stage on both sides"
             )
         for stage, (student, teacher) in enumerate(zip(student_pyramids, teacher_pyramids, strict=True)):
             if len(student) != len(teacher):
                 raise ValueError(
-                    f"LFCCLoss: stage {stage} has {len(student)} student rows and {len(teacher)} teacher rows; "
-                    "both sides must come from the same images"
+                    f"LFCCLoss: stage {stage} has {len(teacher)} teacher rows but {len(student)} student rows; both "
+                    "sides need features of the same images"
                 )
         queries, dtype = self._rows(student_pyramids), student_pyramids[0].dtype
         teachers = self._rows([pyramid.detach().to(dtype) for pyramid in teacher_pyramids])
-        keys = keys and (self._rows(keys[0]), keys[1])
-        losses = self.info_nce.of_pairs(queries, teachers, ids, temperature=temperature, keys=keys)
+        if keys is not None:
+            keys = GatheredKeys(self._rows(keys.tensors), keys.ids)
+        losses = self.info_nce.forward_many(queries, teachers, ids, temperature=temperature, keys=keys)
         if not self.return_parts:
             return losses.mean()
         places = [(stage, scale) for stage in range(len(student_pyramids)) for scale in self.scales]
@@ -290,43 +377,33 @@ class LFCCLoss(nn.Module):
         return [grid.flatten(1) for pyramid in pyramids for grid in pyramid.split(cells, 1)]
 
     def _low_pass(
-        self, features: Sequence[Tensor], pyramids: Sequence[LowPassPyramid], of_tokens: dict[str, Any]
+        self, side: str, features: Sequence[Tensor], tokens: _TokenLayout, pyramids: Sequence[nn.Module]
     ) -> list[Tensor]:
-        """Pyramids (B, cells, C) of all stages at once."""
-        of_map = {"grid": None, "prefix_tokens": 0}
-        layouts = [of_tokens if feature.dim() == 3 else of_map for feature in features]
-        filters = [
-            pyramid.filters(feature, **layout)
-            for pyramid, feature, layout in zip(pyramids, features, layouts, strict=True)
-        ]
-        return lowpass_foreach(
-            features,
-            self.scales,
-            filters=None if filters[0] is None else filters,
-            grids=[layout["grid"] for layout in layouts],
-            prefix_tokens=[layout["prefix_tokens"] for layout in layouts],
-        )
-
-    def _check_stages(self, side: str, features: Sequence[Tensor]) -> None:
-        if isinstance(features, Tensor) or len(features) != len(self.student_projections):
+        """Pyramids (B, cells, C) of all stages in one call."""
+        if isinstance(features, Tensor) or len(features) != len(pyramids):
             got = "one tensor" if isinstance(features, Tensor) else f"{len(features)} tensors"
             raise ValueError(
-                f"LFCCLoss: {side}_features is {got}; expected a list of {len(self.student_projections)}, one a stage"
+                f"LFCCLoss: {side}_features is {got}; expected a list of {len(pyramids)} tensors, one per stage"
             )
-        for stage, (feature, projection) in enumerate(zip(features, self.student_projections, strict=True)):
-            if not isinstance(feature, Tensor):
-                raise TypeError(f"LFCCLoss: {side}_features[{stage}] is a {type(feature).__name__}; expected a tensor")
+        feature_maps = []
+        for stage, (x, projection) in enumerate(zip(features, self.student_projections, strict=True)):
+            name = f"LFCCLoss: {side}_features[{stage}]"
+            layout = tokens if isinstance(x, Tensor) and x.dim() == 3 else _TokenLayout()
+            feature_maps.append(check_map(name, x, *layout, options=f"{side}_"))
+            channels = x.shape[1] if x.dim() == 4 else x.shape[2]
             expected = projection.in_features if side == "student" else projection.out_features
-            channels = feature.shape[1] if feature.dim() == 4 else feature.shape[-1]
             if channels != expected:
                 raise ValueError(
-                    f"LFCCLoss: {side}_features[{stage}] has shape {tuple(feature.shape)}, so {channels} channels; "
-                    f"{side}_channels says {expected}. Maps are (B, C, H, W), tokens (B, N, C)"
+                    f"{name} has shape {tuple(x.shape)}, i.e. {channels} channels, but {side}_channels[{stage}] is "
+                    f"{expected}; expected a map (B, C, H, W) or tokens (B, N, C)"
                 )
+            check_fit(feature_maps[-1], self.scales)
+        filters = [pyramid.filters_of(x) for pyramid, x in zip(pyramids, feature_maps, strict=True)]
+        return lowpass_of_maps(feature_maps, self.scales, None if filters[0] is None else filters)
 
 
-def _frozen(module: nn.Module) -> nn.Module:
-    """The module with its parameters turned into buffers: they move and save, and no optimizer finds them."""
+def _frozen(module: LowPassPyramid) -> LowPassPyramid:
+    """Turns the parameters into buffers, which move and save with the module but which no optimizer updates."""
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
             delattr(child, name)

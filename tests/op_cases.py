@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
-from lfcc_kernels.ops import info_nce, lowpass
+from lfcc_kernels.backends.schemas import BACKENDS
 
 DIRECTIONS = ["student_to_teacher", "teacher_to_student", "symmetric"]
 
@@ -16,7 +16,7 @@ DIRECTIONS = ["student_to_teacher", "teacher_to_student", "symmetric"]
 def functions(
     dtype: torch.dtype = torch.float64, batch: int = 4
 ) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """Small cases that together take every path, each with inputs that all learn."""
+    """Small cases that together cover every path. All inputs of a case require gradients."""
     x, tokens = randn(batch, 3, 7, 5, dtype=dtype), randn(batch, 36, 3, dtype=dtype)
     channels_last = x.to(memory_format=torch.channels_last)
     filters = [randn(3, 7, dtype=dtype), randn(3, 5, dtype=dtype)]
@@ -65,7 +65,7 @@ def _pair(keys: int = 6) -> list[Tensor]:
 
 
 def _rows(*extra: Any, keys: int = 6, ids: bool = False, offset: int = 1) -> tuple[Any, ...]:
-    """Arguments that all ops of info_nce begin with, and what follows."""
+    """The first six arguments of the info_nce ops, then `extra`."""
     student_ids, teacher_ids = (torch.arange(4) // 2, torch.arange(keys) // 2) if ids else (None, None)
     return *_pair(keys), torch.tensor(0.1, requires_grad=True), student_ids, teacher_ids, offset, *extra
 
@@ -79,12 +79,12 @@ def _map(**options: Any) -> Tensor:
 
 
 def _lse() -> Tensor:
-    """Log-sum-exps that a forward pass may have left."""
+    """Log-sum-exps as a forward pass could return them."""
     return torch.full((4,), 9.0)
 
 
-def _group(with_ids: bool = False) -> tuple[Any, ...]:
-    """Two pairs, the second of rows that are slices of wider ones."""
+def _foreach(with_ids: bool = False) -> tuple[Any, ...]:
+    """Two pairs; the rows of the second are slices of wider rows."""
     students = [randn(4, 8, requires_grad=True), randn(4, 10)[:, :5].requires_grad_()]
     teachers = [randn(6, 8), randn(6, 10)[:, :5]]
     ids = (torch.arange(4) // 2, torch.arange(6) // 2) if with_ids else (None, None)
@@ -92,7 +92,7 @@ def _group(with_ids: bool = False) -> tuple[Any, ...]:
 
 
 def _maps() -> list[Tensor]:
-    """A map, one of channels last, and tokens."""
+    """A contiguous map, a channels_last map, and tokens."""
     channels_last = randn(2, 9, 8, 3).permute(0, 3, 1, 2).requires_grad_()
     return [_map(), channels_last, randn(2, 36, 3, requires_grad=True)]
 
@@ -102,7 +102,7 @@ def _all_filters() -> tuple[list[Tensor], list[Tensor]]:
     return tuple([randn(3, size, requires_grad=True) for size in sizes] for sizes in (heights, widths))
 
 
-_GRIDS = [0, 0, 0, 0, 7, 5]  # of `_maps`, whose third has a token before them
+_GRIDS = [0, 0, 0, 0, 7, 5]  # of `_maps`; the third has one prefix token
 
 CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "average": ("lowpass", lambda: (_map(), [1, 2], None, None, [], 0)),
@@ -150,14 +150,12 @@ CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
             *([x.detach() for x in side] for side in _all_filters()), _GRIDS, [0, 0, 1],
         ),
     ),
-    "many pairs": ("info_nce_foreach", _group),
-    "many pairs with ids": ("info_nce_foreach", lambda: _group(with_ids=True)),
+    "many pairs": ("info_nce_foreach", _foreach),
+    "many pairs with ids": ("info_nce_foreach", lambda: _foreach(with_ids=True)),
 }  # fmt: skip
 
 
-def skip_unless_served(name: str, backend: str) -> None:
-    """Skips a call of an op that this backend does not have."""
-    modules = {"lowpass_foreach": lowpass, "info_nce_foreach": info_nce}
-    module = modules.get(name.removesuffix("_input_grad"))
-    if module is not None and backend not in module.FOREACH_BACKENDS:
-        pytest.skip(f"implemented by {', '.join(module.FOREACH_BACKENDS)} alone")
+def skip_unless_implemented(name: str, backend: str) -> None:
+    """Skips the call of an op that this backend does not implement."""
+    if backend not in BACKENDS[name]:
+        pytest.skip(f"implemented by {', '.join(BACKENDS[name])} only")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import CALLS, FUNCTIONS, functions, skip_unless_served
+from op_cases import CALLS, FUNCTIONS, functions, skip_unless_implemented
 from torch import Tensor, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -45,7 +45,7 @@ def metadata(results: Any) -> list[tuple]:
 def test_ops_have_the_results_of_their_kernels(kernels: str, call: str, host_temperature: bool) -> None:
     """Shapes, types and layouts are compared with what the kernels return where the tests run."""
     name, arguments = CALLS[call]
-    skip_unless_served(name, kernels)
+    skip_unless_implemented(name, kernels)
     if host_temperature and "info_nce" not in name:
         pytest.skip("has no temperature")
     real = tree_map_only(Tensor, Tensor.detach, arguments())

@@ -1,0 +1,1 @@
+"""Backends of the ops: `eager`, `cpu` (native), `triton` and `cuda`, and the schemas that they implement."""

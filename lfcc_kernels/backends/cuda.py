@@ -1,42 +1,42 @@
-"""The CUDA C++ kernels of the compiled library: on NVIDIA GPUs of compute capability 8.0 and newer.
+"""Availability of the backend `cuda`: CUDA C++ kernels of the compiled library, for compute capability 8.0 or newer.
 
-Their overloads are defined in Python and served by `_C` where it was built with them. The tests load the same sources
-compiled for the CPU, which then serve tensors there.
+`lfcc_kernels.backends.schemas` defines the overloads and `_C` implements them if it was built with CUDA. The tests load
+the same sources compiled for the CPU, which then implement the overloads for CPU tensors.
 """
 
 import functools
 
 import torch
 
-from lfcc_kernels.backends import native, nvidia
+from lfcc_kernels.backends import native, nvidia, schemas
 
 
 @torch.compiler.assume_constant_result
 def missing() -> str:
-    """Why this backend cannot serve here, or an empty string."""
+    """Why this backend is not available on this machine, or an empty string."""
     return _why_missing()
 
 
 @torch.compiler.assume_constant_result
 def device() -> str:
-    """Where the tensors must be."""
-    return "cpu" if _serves("CPU") else "cuda"
+    """Type of the device that the tensors must be on."""
+    return "cpu" if _implemented_for("CPU") else "cuda"
 
 
 @functools.cache
 def _why_missing() -> str:
-    if _serves("CPU"):
+    if _implemented_for("CPU"):
         return ""
     if native.missing:
         return native.missing
-    if not _serves("CUDA"):
+    if not _implemented_for("CUDA"):
         return (
-            "the compiled library has no CUDA kernels; install the CUDA toolkit (nvcc) and run "
-            "`LFCC_BUILD_CUDA=1 pip install --no-build-isolation .` again"
+            "the compiled library has no CUDA kernels; install the CUDA toolkit (nvcc) and rebuild with "
+            "`LFCC_BUILD_CUDA=1 pip install --no-build-isolation .`"
         )
     return nvidia.missing()
 
 
 @functools.cache
-def _serves(key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("lfcc::lowpass.cuda", key)
+def _implemented_for(key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(schemas.qualified("lowpass", "cuda"), key)

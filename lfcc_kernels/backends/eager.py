@@ -1,8 +1,10 @@
-"""The oracle: both ops in plain PyTorch, on any device, in any dtype, differentiable twice."""
+"""The reference backend: both ops in plain PyTorch, for any device and dtype, twice differentiable."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lfcc_kernels.backends.dtypes import accumulator
 
 
 def lowpass(
@@ -13,7 +15,7 @@ def lowpass(
     grid: list[int],
     prefix_tokens: int,
 ) -> Tensor:
-    """Y_s = R_s F K_s^T for every scale, one read of the map a scale; arguments as the op `lfcc::lowpass`."""
+    """Y_s = R_s F K_s^T for every scale, one read of the map per scale. Arguments as in `lfcc::lowpass`."""
     with torch.autocast(x.device.type, enabled=False):
         maps = x.to(accumulator(x.dtype))
         if x.dim() == 3:
@@ -37,7 +39,7 @@ def info_nce(
     normalize: bool,
     mean: bool,
 ) -> Tensor:
-    """Loss of each row (B,) or their mean, with the whole B x K matrix held; arguments as `lfcc::info_nce`."""
+    """Loss of each row (B,), or their mean; allocates the B x K logits. Arguments as in `lfcc::info_nce`."""
     with torch.autocast(student.device.type, enabled=False):
         queries, keys = student.to(accumulator(student.dtype)), teacher.to(accumulator(teacher.dtype))
         if normalize:
@@ -46,9 +48,9 @@ def info_nce(
         rows = torch.arange(len(queries), device=student.device)
         positives = rows + positive_offset
         if student_ids is not None and teacher_ids is not None:
-            left_out = student_ids[:, None] == teacher_ids[None, :]
-            left_out[rows, positives] = False
-            logits = logits.masked_fill(left_out, -torch.inf)
+            excluded = student_ids[:, None] == teacher_ids[None, :]
+            excluded[rows, positives] = False
+            logits = logits.masked_fill(excluded, -torch.inf)
         losses = F.cross_entropy(logits, positives, reduction="none")
         if symmetric:
             columns = logits[:, positive_offset : positive_offset + len(queries)]
@@ -57,10 +59,5 @@ def info_nce(
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    """F.normalize, of rows first scaled down to at most 1, since the squares of long ones overflow."""
+    """F.normalize after scaling down rows with values above 1, whose squares could overflow."""
     return F.normalize(rows / rows.detach().abs().amax(1, keepdim=True).clamp(min=1), dim=1)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over elements of `dtype` are taken."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

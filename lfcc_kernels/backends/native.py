@@ -1,7 +1,8 @@
-"""Loads the compiled libraries: `_C` with the kernels, `_host` with facts about the build and this machine."""
+"""Loads the compiled libraries: `_C` with the kernels, and `_host` with facts about the build and this machine."""
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -9,22 +10,22 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def _load_kernels() -> str:
-    """Load `_C` and return why that was not possible, or an empty string."""
+    """Load `_C`; returns why this failed, or an empty string."""
     libraries = sorted(PACKAGE.glob("_C*.so"))
     if not libraries:
         return (
-            "the compiled library lfcc_kernels/_C is missing; install a C++ compiler (g++ 12 or newer) and run "
-            "`pip install --no-build-isolation .` again"
+            "the compiled library lfcc_kernels/_C is missing; install a C++ compiler (g++ 12 or newer) and rebuild "
+            "with `pip install --no-build-isolation .`"
         )
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
-        return f"the compiled library {libraries[0].name} does not load ({error}); rebuild it with this torch"
+        return f"the compiled library {libraries[0].name} cannot be loaded ({error}); rebuild it with this torch"
     return ""
 
 
-def _load_host():
-    """The module `_host`, or None: it belongs to one Python version, the kernels to all."""
+def _load_host() -> ModuleType | None:
+    """The module `_host`, or None: unlike `_C`, it is built for one version of Python."""
     try:
         return importlib.import_module("lfcc_kernels._host")
     except ImportError:

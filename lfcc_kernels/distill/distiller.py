@@ -140,7 +140,7 @@ class Distiller(nn.Module):
         """
         travelling = None
         if labels is not None and "lfcc" in self.weights and cached is None:
-            travelling = self.lfcc.start_gather(teacher_outputs.pyramids, ids)
+            travelling = self.lfcc.gather_async(teacher_outputs.pyramids, ids)
         logits, features = self.student(images)
         self._end_of_part("student")
         if logits.requires_grad and self.clock is not None:

@@ -1,1 +1,1 @@
-"""The ops of the namespace `lfcc::`: schema, fake, autograd and choice of backend, one file an op."""
+"""The ops of the namespace `lfcc::`: fakes, autograd formulas and choice of backend, one file per op."""

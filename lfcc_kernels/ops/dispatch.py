@@ -1,13 +1,13 @@
-"""Which backend serves a call: `use_backend` in code, LFCC_BACKEND in the environment, else `auto`.
+"""Selects the backend of a call: `use_backend` in code, LFCC_BACKEND in the environment, otherwise `auto`.
 
-`auto` goes by the committed dispatch.json, which `lfcc bench --dispatch` writes from records of the benchmark:
+`auto` reads the committed dispatch.json, which `lfcc bench --dispatch` writes from benchmark records:
 
     {"cpu" or "sm_90": [{"op", "dtype", "up_to", "backend", "record", "cases", "worst"}, ...]}
 
-Of the lines of an op and dtype, smallest `up_to` first, the first that reaches the size of the call names the backend;
-null reaches any. The rest says where a line comes from: the record, how many measured cases are behind it, and the
-smallest ratio of the runner-up's time to the chosen one's among them. A GPU goes by the nearest older compute
-capability that was measured. What no line covers goes by FIXED_ORDER.
+The lines of an op and dtype are sorted by `up_to`. The first with `up_to` at least the size of the call gives the
+backend; null means no bound. The other fields give the origin of a line: the record, the number of measured cases, and
+the smallest ratio of the second fastest backend's time to the selected one's among them. A GPU uses the lines of the
+nearest older compute capability that was measured. Calls that no line covers use FIXED_ORDER.
 """
 
 import functools
@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,23 +26,26 @@ from lfcc_kernels.backends import cuda, native, triton
 AUTO = "auto"
 WITH_KERNELS = ("cpu", "triton", "cuda")
 TABLE = Path(__file__).with_name("dispatch.json")
-FIXED_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # then eager
+FIXED_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # then eager
 
 
-class _Choice(threading.local):
+class _Selected(threading.local):
     name = os.environ.get("LFCC_BACKEND", AUTO)
 
 
-_choice = _Choice()
+_selected = _Selected()
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that can serve on this machine; "eager" always can."""
+    """Names of the backends that are available on this machine, e.g. ("eager", "cpu").
+
+    "eager" is always available. `lfcc info` prints why another one is not.
+    """
     return ("eager", *(name for name in WITH_KERNELS if not why_missing(name)))
 
 
 def why_missing(name: str) -> str:
-    """Why a backend cannot serve on this machine, or an empty string."""
+    """Why a backend is not available on this machine, or an empty string."""
     match name:
         case "cpu":
             return native.missing
@@ -54,90 +58,98 @@ def why_missing(name: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every op called in this block, in this thread, by one backend.
+    """Context manager that selects the backend of all ops called in its block, in the current thread.
+
+    The environment variable LFCC_BACKEND sets the default of a process.
 
     Args:
-        name: "eager" (plain PyTorch: the oracle, any device, differentiable twice), "cpu" (the compiled kernels),
-            "triton" or "cuda" (NVIDIA GPUs; the second are compiled kernels too) or "auto" (the fastest that can
-            serve). The environment variable LFCC_BACKEND sets the same for a process.
+        name: One of
+
+            - "auto": the backend measured to be fastest for the device, dtype and size of a call. Without
+              measurements, "cpu" for CPU tensors; for CUDA tensors "triton", then "cuda"; otherwise "eager".
+            - "eager": plain PyTorch, the reference. Any device; twice differentiable.
+            - "cpu": compiled C++ kernels, for CPU tensors.
+            - "triton": Triton kernels, for tensors on an NVIDIA GPU.
+            - "cuda": compiled CUDA C++ kernels, for tensors on an NVIDIA GPU.
 
     Raises:
-        ValueError: the name is unknown, or the backend cannot serve on this machine, with the reason.
+        ValueError: The name is unknown, or the backend is not available on this machine; the message says why. A
+            call inside the block raises it if the tensors are on a device that the backend does not support.
     """
     _check(name)
-    previous, _choice.name = _choice.name, name
+    previous, _selected.name = _selected.name, name
     try:
         yield
     finally:
-        _choice.name = previous
+        _selected.name = previous
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str:
-    """The backend that serves an op on tensors of this device and dtype.
+    """The backend of a call.
 
     Args:
         op: "lowpass" or "info_nce".
-        device: Where the tensors are.
-        dtype: Their type.
-        size: Of the call: elements of the map, or pairs of rows.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+        size: Size of the call: elements of the map, or pairs of rows.
 
     Raises:
-        ValueError: a backend was asked for by name, and it is unknown or cannot serve tensors there.
+        ValueError: A backend was selected by name, and it is unknown or does not support the device.
     """
-    name = _choice.name
+    name = _selected.name
     if name == AUTO:
         return _fastest(op, device, dtype, size)
     _check(name)
-    home = {"cpu": "cpu", "triton": triton.DEVICE, "cuda": cuda.device()}.get(name, device.type)
-    if device.type != home:
+    supported = {"cpu": "cpu", "triton": triton.DEVICE, "cuda": cuda.device()}.get(name, device.type)
+    if device.type != supported:
         raise ValueError(
-            f"backend {name!r} was asked for by name, but the tensors are on {device}; "
-            f"move them with .to({home!r}), or use_backend('auto')"
+            f"backend {name!r} was selected but the tensors are on {device}; move them with .to({supported!r}), "
+            "or select use_backend('auto')"
         )
     return name
 
 
-def table() -> dict[str, list[dict]]:
-    """The committed table."""
+def table() -> dict[str, list[dict[str, Any]]]:
+    """The committed dispatch.json."""
     return json.loads(TABLE.read_text())
 
 
 def _fastest(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str:
-    for up_to, backends in _lines(op, device, dtype):  # loops, since generators cost a microsecond more
-        # A traced comparison binds the graph to one side of it. An exported graph is for all sizes, so it gets the
-        # backend of the largest; torch.compile makes another graph.
+    for up_to, backends in _lines(op, device, dtype):  # loops, because generators cost a microsecond more
+        # Comparing a traced size specializes the graph to one side of the bound. torch.compile then makes a second
+        # graph; an exported graph is for all sizes, so it gets the backend of the largest.
         if up_to is None or (not torch.compiler.is_exporting() and size <= up_to):
             for backend in backends:
                 if not why_missing(backend):
                     return backend
-    raise AssertionError("the last line has no bound, and eager can always serve")
+    raise AssertionError("unreachable: the last line has no bound, and eager is always available")
 
 
 @torch.compiler.assume_constant_result
 def _lines(op: str, device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | None, tuple[str, ...]], ...]:
-    """Bound of each line that holds here and the backends to try, in that order; the last has no bound."""
+    """(up_to, backends to try in order) of each applicable line; the last has no bound."""
     return _cached_lines(op, device, dtype)
 
 
 @functools.cache
 def _cached_lines(op: str, device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | None, tuple[str, ...]], ...]:
-    known, name = table(), str(dtype).removeprefix("torch.")
-    # Kernels multiply float64 without tensor cores, which torch's own products on a GPU use.
+    measured, name = table(), str(dtype).removeprefix("torch.")
+    # The GPU kernels multiply float64 without tensor cores, unlike torch's own GEMMs.
     kernels = () if device.type == "cuda" and dtype == torch.float64 else FIXED_ORDER.get(device.type, ())
     order = (*kernels, "eager")
-    for machine in _machines(device, known):
-        lines = [line for line in known[machine] if line["op"] == op and line["dtype"] == name]
+    for machine in _machines(device, measured):
+        lines = [line for line in measured[machine] if line["op"] == op and line["dtype"] == name]
         if lines:
             return tuple((line["up_to"], (line["backend"], *order)) for line in lines)
     return ((None, order),)
 
 
-def _machines(device: torch.device, known: Iterable[str]) -> list[str]:
-    """The measured machines whose lines hold for a device, the nearest first."""
-    if device.type != "cuda" or not torch.cuda.is_available():  # fake tensors can be on a GPU that is not there
-        return [name for name in known if name == device.type]
+def _machines(device: torch.device, measured: Iterable[str]) -> list[str]:
+    """The measured machines whose lines apply to a device, nearest first."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # fake tensors can be on a GPU that does not exist
+        return [name for name in measured if name == device.type]
     major, minor = torch.cuda.get_device_capability(device)
-    older = [int(name[3:]) for name in known if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
+    older = [int(name[3:]) for name in measured if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
     return [f"sm_{capability}" for capability in sorted(older, reverse=True)]
 
 

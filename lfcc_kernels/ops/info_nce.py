@@ -1,61 +1,66 @@
-"""`lfcc::info_nce`, its one-pass form and its gradients: schema, fake, autograd and choice of backend.
+"""`lfcc::info_nce`, its one-pass form, its gradients and its list form: fakes, autograd formulas, choice of backend.
 
 The ops know two directions: rows (student_to_teacher) and symmetric. teacher_to_student is rows with the roles
-exchanged: the B positive teacher rows are the queries, the student rows the keys. Which form runs:
+exchanged: the B positive teacher rows are the queries, the student rows the keys. Which op runs:
 
-    no gradient, or symmetric   info_nce            2 B K D FLOPs, then info_nce_grad, 4 B K D a side
-    rows, student learns        info_nce_one_pass   4 B K D FLOPs for loss and student gradient together
-    rows, teacher learns too    the same, then info_nce_grad for the teacher's side, 4 B K D
+    no gradient, or symmetric   info_nce            2 B K D FLOPs, then info_nce_grad, 4 B K D per side
+    rows, gradient of student   info_nce_one_pass   4 B K D FLOPs for loss and student gradient together
+    rows, and of teacher        the same, then info_nce_grad for the teacher's side, 4 B K D
 
-Gradients of the one-pass form are of each row's own loss, so any upstream gradient is a product with them.
-Arguments are checked in `lfcc_kernels.functional`; the kernels trust them.
+Gradients of the one-pass form are those of each row's own loss; backward multiplies them by the upstream gradient.
+`lfcc_kernels.functional` validates the arguments; the kernels trust them.
 
 `lfcc::info_nce_foreach` takes a list of pairs (student_to_teacher, frozen teacher). Only Triton implements it: on a
-GPU the launches of a small pair cost more than its work. Its gradients are per row too, of all pairs side by side.
+GPU the launches of a small pair cost more than its work. Its gradients are per row too, concatenated over the pairs.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lfcc_kernels.backends import eager
+from lfcc_kernels.backends.dtypes import accumulator
+from lfcc_kernels.backends.schemas import BACKENDS
 from lfcc_kernels.ops.dispatch import select
-from lfcc_kernels.ops.registration import call, define, first_order_only, op, register_autograd, register_fake
-
-_PAIR = (
-    "Tensor student, Tensor teacher, Tensor temperature, Tensor? student_ids, Tensor? teacher_ids, int positive_offset"
-)
-SCHEMAS = [
-    f"info_nce({_PAIR}, bool symmetric, bool normalize, bool mean) -> (Tensor loss, Tensor row_lse, Tensor col_lse)",
-    f"info_nce_one_pass({_PAIR}, bool normalize, bool mean) "
-    "-> (Tensor loss, Tensor row_lse, Tensor student_grad, Tensor temperature_grad)",
-    f"info_nce_grad(Tensor grad, {_PAIR}, bool symmetric, bool normalize, Tensor row_lse, Tensor col_lse, "
-    "bool of_teacher) -> (Tensor side_grad, Tensor temperature_grad)",
-]
-define(SCHEMAS, "info_nce")
+from lfcc_kernels.ops.registration import call, once_differentiable, op, register_autograd, register_fake
 
 
-def info_nce(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: Tensor,
-    student_ids: Tensor | None,
-    teacher_ids: Tensor | None,
-    positive_offset: int,
-    direction: str,
-    normalize: bool,
-    mean: bool,
-) -> Tensor:
-    """Loss of each row (B,) or their mean, by the backend that serves and the cheapest form for what learns."""
-    if direction == "teacher_to_student":
-        if teacher.shape[0] != student.shape[0]:
-            positives = slice(positive_offset, positive_offset + student.shape[0])
+class Contrast(NamedTuple):
+    """Validated arguments of a contrast. The first six are the first six of the ops' schemas."""
+
+    student: Tensor  # (B, D)
+    teacher: Tensor  # (K, D)
+    temperature: Tensor  # 0-d
+    student_ids: Tensor | None  # (B,) int64
+    teacher_ids: Tensor | None  # (K,) int64
+    positive_offset: int
+    direction: str
+    normalize: bool
+    mean: bool  # over the rows; otherwise one loss per row
+
+    def roles_exchanged(self) -> "Contrast":
+        """teacher_to_student as student_to_teacher: the B positive teacher rows contrasted with the student rows."""
+        teacher, teacher_ids = self.teacher, self.teacher_ids
+        if teacher.shape[0] != self.student.shape[0]:
+            positives = slice(self.positive_offset, self.positive_offset + self.student.shape[0])
             teacher = teacher[positives]
             teacher_ids = None if teacher_ids is None else teacher_ids[positives]
-        student, teacher, student_ids, teacher_ids = teacher, student, teacher_ids, student_ids
-        positive_offset = 0
+        return Contrast(
+            teacher, self.student, self.temperature, teacher_ids, self.student_ids, 0, "student_to_teacher",
+            self.normalize, self.mean,
+        )  # fmt: skip
+
+
+def info_nce(contrast: Contrast) -> Tensor:
+    """Loss of each row (B,), or their mean, by the selected backend and the cheapest op for the gradients needed."""
+    if contrast.direction == "teacher_to_student":
+        contrast = contrast.roles_exchanged()
+    student, teacher, temperature, student_ids, teacher_ids, positive_offset, direction, normalize, mean = contrast
     symmetric = direction == "symmetric"
     if temperature.requires_grad:
-        temperature = temperature.to(student.device)  # kernels give a gradient to none that lies elsewhere
+        temperature = temperature.to(student.device)  # where the kernels compute its gradient
     pair = (student, teacher, temperature, student_ids, teacher_ids, positive_offset)
     backend = select("info_nce", student.device, student.dtype, student.shape[0] * teacher.shape[0])
     if backend == "eager":
@@ -67,16 +72,16 @@ def info_nce(
 
 @register_fake("info_nce")
 def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, symmetric, normalize, mean):
-    stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
-    loss = stats.new_empty(() if mean else stats.shape)
-    return loss, stats, stats.new_empty(student.shape[0] if symmetric else 0)
+    row_stats = student.new_empty(student.shape[0], dtype=accumulator(student.dtype))
+    loss = row_stats.new_empty(() if mean else row_stats.shape)
+    return loss, row_stats, row_stats.new_empty(student.shape[0] if symmetric else 0)
 
 
 @register_fake("info_nce_one_pass")
 def _(student, teacher, temperature, student_ids, teacher_ids, positive_offset, normalize, mean):
-    stats = student.new_empty(student.shape[0], dtype=eager.accumulator(student.dtype))
-    loss = stats.new_empty(() if mean else stats.shape)
-    return loss, stats, stats.new_empty(student.shape), torch.empty_like(stats)
+    row_stats = student.new_empty(student.shape[0], dtype=accumulator(student.dtype))
+    loss = row_stats.new_empty(() if mean else row_stats.shape)
+    return loss, row_stats, row_stats.new_empty(student.shape), torch.empty_like(row_stats)
 
 
 @register_fake("info_nce_grad")
@@ -88,7 +93,7 @@ def _(
     return side.new_empty(side.shape), torch.empty_like(temperature)
 
 
-def _of_rows(ctx, grad: Tensor, rows: int) -> Tensor:
+def _row_grads(ctx, grad: Tensor, rows: int) -> Tensor:
     """The upstream gradient of each row's loss."""
     return (grad / rows).expand(rows) if ctx.mean else grad
 
@@ -103,22 +108,22 @@ def _setup_rows(ctx, inputs, output):
 def _backward_rows(backend, ctx, grad, *_):
     student, teacher, temperature, *ids, row_lse, student_grad, temperature_grad = ctx.saved_tensors
     inputs = [grad, student, teacher, temperature]
-    to_student = to_teacher = to_temperature = None
+    grad_student = grad_teacher = grad_temperature = None
     with torch.no_grad():
-        of_rows = _of_rows(ctx, grad, student.shape[0])
+        row_grads = _row_grads(ctx, grad, student.shape[0])
         if ctx.needs_input_grad[0]:
-            to_student = (student_grad * of_rows[:, None]).to(student.dtype)
+            grad_student = (student_grad * row_grads[:, None]).to(student.dtype)
         if ctx.needs_input_grad[1]:
-            to_teacher, _ = op("info_nce_grad", backend)(
-                of_rows, student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
+            grad_teacher, _ = op("info_nce_grad", backend)(
+                row_grads, student, teacher, temperature, *ids, ctx.positive_offset, False, ctx.normalize,
                 row_lse, row_lse.new_empty(0), True,
             )  # fmt: skip
         if ctx.needs_input_grad[2]:
-            to_temperature = (temperature_grad * of_rows).sum().to(temperature)
+            grad_temperature = (temperature_grad * row_grads).sum().to(temperature)
     return (
-        first_order_only(to_student, inputs),
-        first_order_only(to_teacher, inputs),
-        first_order_only(to_temperature, inputs),
+        once_differentiable(grad_student, inputs),
+        once_differentiable(grad_teacher, inputs),
+        once_differentiable(grad_temperature, inputs),
         None, None, None, None, None,
     )  # fmt: skip
 
@@ -136,21 +141,21 @@ def _backward_both(backend, ctx, grad, *_):
 
     def gradients(of_teacher: bool) -> tuple[Tensor, Tensor]:
         return op("info_nce_grad", backend)(
-            _of_rows(ctx, grad, student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset,
+            _row_grads(ctx, grad, student.shape[0]), student, teacher, temperature, *ids, ctx.positive_offset,
             ctx.symmetric, ctx.normalize, row_lse, col_lse, of_teacher,
         )  # fmt: skip
 
-    to_student = to_teacher = to_temperature = None
+    grad_student = grad_teacher = grad_temperature = None
     with torch.no_grad():
-        # Either side's pass yields the temperature's gradient, so one pass serves it.
+        # Each side's pass also computes the gradient of the temperature, so one pass is enough for it.
         if ctx.needs_input_grad[0] or (ctx.needs_input_grad[2] and not ctx.needs_input_grad[1]):
-            to_student, to_temperature = gradients(of_teacher=False)
+            grad_student, grad_temperature = gradients(of_teacher=False)
         if ctx.needs_input_grad[1]:
-            to_teacher, to_temperature = gradients(of_teacher=True)
+            grad_teacher, grad_temperature = gradients(of_teacher=True)
     return (
-        first_order_only(to_student if ctx.needs_input_grad[0] else None, inputs),
-        first_order_only(to_teacher, inputs),
-        first_order_only(to_temperature if ctx.needs_input_grad[2] else None, inputs),
+        once_differentiable(grad_student if ctx.needs_input_grad[0] else None, inputs),
+        once_differentiable(grad_teacher, inputs),
+        once_differentiable(grad_temperature if ctx.needs_input_grad[2] else None, inputs),
         None, None, None, None, None, None,
     )  # fmt: skip
 
@@ -159,59 +164,50 @@ register_autograd("info_nce_one_pass", _setup_rows, _backward_rows)
 register_autograd("info_nce", _setup_both, _backward_both)
 
 
-FOREACH_BACKENDS = ("triton",)
-FOREACH_SCHEMAS = [
-    "info_nce_foreach(Tensor[] students, Tensor[] teachers, Tensor temperature, Tensor? student_ids, "
-    "Tensor? teacher_ids, int positive_offset, bool normalize) "
-    "-> (Tensor losses, Tensor student_grads, Tensor temperature_grads, Tensor columns)",
-]
-define(FOREACH_SCHEMAS, "info_nce_foreach", FOREACH_BACKENDS)
+def info_nce_foreach(contrasts: Sequence[Contrast]) -> Tensor:
+    """Mean loss of each contrast (pairs,): one op if the list form applies, otherwise one op per contrast.
 
-
-def info_nce_foreach(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    temperature: Tensor,
-    student_ids: Tensor | None,
-    teacher_ids: Tensor | None,
-    positive_offset: int,
-    direction: str,
-    normalize: bool,
-) -> Tensor:
-    """Mean loss of each pair (pairs,): at once where a backend can and it pays, else one after the other."""
-    if _runs_as_one(students, teachers, direction):
+    The contrasts may differ in nothing but their rows.
+    """
+    if _batched(contrasts):
+        first, temperature = contrasts[0], contrasts[0].temperature
         if temperature.requires_grad:
-            temperature = temperature.to(students[0].device)
+            temperature = temperature.to(first.student.device)
         return call(
             op("info_nce_foreach", "triton"),
-            students, teachers, temperature, student_ids, teacher_ids, positive_offset, normalize,
-        )[0]  # fmt: skip
-    ids = student_ids, teacher_ids
-    return torch.stack([
-        info_nce(student, teacher, temperature, *ids, positive_offset, direction, normalize, mean=True)
-        for student, teacher in zip(students, teachers, strict=True)
-    ])  # fmt: skip
+            [contrast.student for contrast in contrasts],
+            [contrast.teacher for contrast in contrasts],
+            temperature,
+            first.student_ids,
+            first.teacher_ids,
+            first.positive_offset,
+            first.normalize,
+        )[0]
+    return torch.stack([info_nce(contrast) for contrast in contrasts])
 
 
-def _runs_as_one(students: list[Tensor], teachers: list[Tensor], direction: str) -> bool:
+def _batched(contrasts: Sequence[Contrast]) -> bool:
+    """Whether the list form runs: student_to_teacher with a frozen teacher, rows of one dtype and equal numbers."""
+    students, teachers = [contrast.student for contrast in contrasts], [contrast.teacher for contrast in contrasts]
     first = students[0]
     pairs_of_rows = sum(s.shape[0] * t.shape[0] for s, t in zip(students, teachers, strict=True))
     backend = select("info_nce", first.device, first.dtype, pairs_of_rows)
-    if backend not in FOREACH_BACKENDS or first.dtype == torch.float64:
+    if backend not in BACKENDS["info_nce_foreach"] or first.dtype == torch.float64:
         return False
-    if direction != "student_to_teacher" or not torch.is_grad_enabled():
+    if contrasts[0].direction != "student_to_teacher" or not torch.is_grad_enabled():
         return False
     alike = all(s.dtype == first.dtype and s.shape[0] == first.shape[0] for s in students)
     alike = alike and all(t.shape[0] == teachers[0].shape[0] for t in teachers)
     return alike and any(s.requires_grad for s in students) and not any(t.requires_grad for t in teachers)
 
 
-@register_fake("info_nce_foreach", FOREACH_BACKENDS)
+@register_fake("info_nce_foreach")
 def _(students, teachers, temperature, student_ids, teacher_ids, positive_offset, normalize):
     first, width = students[0], sum(student.shape[1] for student in students)
-    numbers = first.new_empty(len(students), first.shape[0], dtype=torch.float32)
-    columns = first.new_empty(width, dtype=torch.int64)
-    return numbers.new_empty(len(students)), numbers.new_empty(first.shape[0], width), numbers, columns
+    temperature_grads = first.new_empty(len(students), first.shape[0], dtype=torch.float32)
+    losses = temperature_grads.new_empty(len(students))
+    student_grads = temperature_grads.new_empty(first.shape[0], width)
+    return losses, student_grads, temperature_grads, first.new_empty(width, dtype=torch.int64)
 
 
 def _setup_foreach(ctx, inputs, output):
@@ -226,18 +222,18 @@ def _backward_foreach(_backend, ctx, grad, *_):
     *students, temperature, student_grads, temperature_grads, columns = ctx.saved_tensors
     inputs = [grad, *students, temperature]
     with torch.no_grad():
-        of_rows = grad / student_grads.shape[0]
-        of_all = (student_grads * of_rows[columns]).to(ctx.dtype)
-        to_students = list(of_all.split(ctx.widths, dim=1))
-        to_temperature = None
+        pair_grads = grad / student_grads.shape[0]  # of each row's loss, one per pair
+        all_grads = (student_grads * pair_grads[columns]).to(ctx.dtype)
+        grad_students = list(all_grads.split(ctx.widths, dim=1))
+        grad_temperature = None
         if ctx.needs_input_grad[2]:
-            to_temperature = (temperature_grads.sum(1) * of_rows).sum().to(temperature)
+            grad_temperature = (temperature_grads.sum(1) * pair_grads).sum().to(temperature)
     return (
-        [first_order_only(to_student, inputs) for to_student in to_students],
-        [None] * len(to_students),
-        first_order_only(to_temperature, inputs),
+        [once_differentiable(grad_student, inputs) for grad_student in grad_students],
+        [None] * len(grad_students),
+        once_differentiable(grad_temperature, inputs),
         None, None, None, None,
     )  # fmt: skip
 
 
-register_autograd("info_nce_foreach", _setup_foreach, _backward_foreach, FOREACH_BACKENDS)
+register_autograd("info_nce_foreach", _setup_foreach, _backward_foreach)

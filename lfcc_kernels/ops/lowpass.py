@@ -1,28 +1,20 @@
-"""`lfcc::lowpass` and its two gradients: schema, fake, autograd and choice of backend.
+"""`lfcc::lowpass`, its gradients and its list form: fakes, autograd formulas and choice of backend.
 
-x is a map (B, C, H, W) with an empty `grid`, or tokens (B, N, C) with `grid` = [H, W]. Filters come as a pair or not
-at all. Arguments are checked in `lfcc_kernels.functional`; the kernels trust them.
+x is a map (B, C, H, W) with an empty `grid`, or tokens (B, N, C) with `grid` = [H, W]. Filters are given as a pair or
+not at all. `lfcc_kernels.functional` validates the arguments; the kernels trust them.
 
-`lfcc::lowpass_foreach` takes a list of maps: one launch for all stages of a loss, where one launch per stage leaves a
-GPU half idle at its end. Only the CUDA kernels implement it. Its filters are lists as long as the list of maps, or
-empty for the average; `grids` has two numbers per map, both 0 if the map is not tokens.
+`lfcc::lowpass_foreach` takes a list of maps: one launch for all stages of a loss, because the last blocks of one launch
+per stage leave half of a GPU idle. Only the CUDA kernels implement it. Its filters are lists as long as the list of
+maps, or empty for the average; `grids` has two numbers per map, both 0 if the map is not tokens.
 """
 
 import torch
 from torch import Tensor
 
 from lfcc_kernels.backends import eager
+from lfcc_kernels.backends.schemas import BACKENDS
 from lfcc_kernels.ops.dispatch import select
-from lfcc_kernels.ops.registration import call, define, first_order_only, op, register_autograd, register_fake
-
-_FILTERS = "int[] scales, Tensor? row_filters, Tensor? col_filters, int[] grid, int prefix_tokens"
-SCHEMAS = [
-    f"lowpass(Tensor x, {_FILTERS}) -> Tensor",
-    f"lowpass_input_grad(Tensor grad, SymInt[] size, bool channels_last, {_FILTERS}) -> Tensor",
-    "lowpass_filter_grad(Tensor grad, Tensor x, int[] scales, Tensor row_filters, Tensor col_filters, int[] grid, "
-    "int prefix_tokens) -> (Tensor, Tensor)",
-]
-define(SCHEMAS, "lowpass")
+from lfcc_kernels.ops.registration import call, once_differentiable, op, register_autograd, register_fake
 
 
 def lowpass(
@@ -33,7 +25,7 @@ def lowpass(
     grid: list[int],
     prefix_tokens: int,
 ) -> Tensor:
-    """Run the op on the backend that serves; arguments as in the schema."""
+    """Run the op on the selected backend. Arguments as in the schema."""
     backend = select("lowpass", x.device, x.dtype, x.numel())
     if backend == "eager":
         return eager.lowpass(x, scales, row_filters, col_filters, grid, prefix_tokens)
@@ -41,7 +33,7 @@ def lowpass(
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost in a 4-D map, as the gradient then is; decided by strides, as torch does."""
+    """Whether channels are innermost in a 4-D map, judged by strides as in torch. Its gradient has the same layout."""
     return x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
 
 
@@ -65,9 +57,9 @@ def _(grad, x, scales, row_filters, col_filters, grid, prefix_tokens):
 def _setup_context(ctx, inputs, output):
     x, ctx.scales, row_filters, col_filters, ctx.grid, ctx.prefix_tokens = inputs
     ctx.size, ctx.channels_last = x.shape, is_channels_last(x)
-    # The op is linear in x: only the gradients of the filters read it again.
-    filters_learn = row_filters is not None and (row_filters.requires_grad or col_filters.requires_grad)
-    ctx.save_for_backward(x if filters_learn else None, row_filters, col_filters)
+    # The op is linear in x, so only the gradients of the filters need it.
+    filters_require_grad = row_filters is not None and (row_filters.requires_grad or col_filters.requires_grad)
+    ctx.save_for_backward(x if filters_require_grad else None, row_filters, col_filters)
 
 
 def _backward(backend, ctx, grad):
@@ -92,25 +84,16 @@ def _backward(backend, ctx, grad):
                 grad, x, ctx.scales, row_filters, col_filters, ctx.grid, ctx.prefix_tokens
             )
     return (
-        first_order_only(grad_x, inputs),
+        once_differentiable(grad_x, inputs),
         None,
-        first_order_only(grad_rows, inputs),
-        first_order_only(grad_cols, inputs),
+        once_differentiable(grad_rows, inputs),
+        once_differentiable(grad_cols, inputs),
         None,
         None,
     )
 
 
 register_autograd("lowpass", _setup_context, _backward)
-
-
-FOREACH_BACKENDS = ("cuda",)
-_FOREACH_FILTERS = "int[] scales, Tensor[] row_filters, Tensor[] col_filters, int[] grids, int[] prefix_tokens"
-FOREACH_SCHEMAS = [
-    f"lowpass_foreach(Tensor[] maps, {_FOREACH_FILTERS}) -> Tensor[]",
-    f"lowpass_foreach_input_grad(Tensor[] grads, SymInt[] sizes, int[] channels_last, {_FOREACH_FILTERS}) -> Tensor[]",
-]
-define(FOREACH_SCHEMAS, "lowpass_foreach", FOREACH_BACKENDS)
 
 
 def lowpass_foreach(
@@ -121,26 +104,24 @@ def lowpass_foreach(
     grids: list[list[int]],
     prefix_tokens: list[int],
 ) -> list[Tensor]:
-    """The pyramid of each map: at once where a backend can, else one after the other."""
+    """The pyramids of all maps: one op if the selected backend has a list form, otherwise one op per map."""
     first = maps[0]
     backend = select("lowpass", first.device, first.dtype, sum(x.numel() for x in maps))
-    if backend in FOREACH_BACKENDS and len(maps) > 1 and all(x.dtype == first.dtype for x in maps):
-        numbers = [number for grid in grids for number in grid or (0, 0)]
-        return list(
-            call(op("lowpass_foreach", backend), maps, scales, row_filters, col_filters, numbers, prefix_tokens)
-        )
+    if backend in BACKENDS["lowpass_foreach"] and len(maps) > 1 and all(x.dtype == first.dtype for x in maps):
+        flat_grids = [size for grid in grids for size in grid or (0, 0)]
+        return call(op("lowpass_foreach", backend), maps, scales, row_filters, col_filters, flat_grids, prefix_tokens)
     none = [None] * len(maps)
     arguments = zip(maps, row_filters or none, col_filters or none, grids, prefix_tokens, strict=True)
     return [lowpass(x, scales, rows, cols, grid, prefix) for x, rows, cols, grid, prefix in arguments]
 
 
-@register_fake("lowpass_foreach", FOREACH_BACKENDS)
+@register_fake("lowpass_foreach")
 def _(maps, scales, row_filters, col_filters, grids, prefix_tokens):
     cells = sum(s * s for s in scales)
     return [x.new_empty(x.shape[0], cells, x.shape[2] if x.dim() == 3 else x.shape[1]) for x in maps]
 
 
-@register_fake("lowpass_foreach_input_grad", FOREACH_BACKENDS)
+@register_fake("lowpass_foreach_input_grad")
 def _(grads, sizes, channels_last, scales, row_filters, col_filters, grids, prefix_tokens):
     results, sizes = [], list(sizes)
     for n, grad in enumerate(grads):
@@ -154,33 +135,34 @@ def _setup_foreach(ctx, inputs, output):
     maps, ctx.scales, row_filters, col_filters, ctx.grids, ctx.prefix_tokens = inputs
     ctx.sizes = [size for x in maps for size in x.shape]
     ctx.channels_last = [int(is_channels_last(x)) for x in maps]
-    filters_learn = any(matrix.requires_grad for matrix in [*row_filters, *col_filters])
+    filters_require_grad = any(matrix.requires_grad for matrix in [*row_filters, *col_filters])
     ctx.maps, ctx.filters = len(maps), len(row_filters)
-    ctx.save_for_backward(*row_filters, *col_filters, *(maps if filters_learn else []))
+    ctx.save_for_backward(*row_filters, *col_filters, *(maps if filters_require_grad else []))
 
 
 def _backward_foreach(backend, ctx, grads):
     saved, count = list(ctx.saved_tensors), ctx.filters
     row_filters, col_filters, maps = saved[:count], saved[count : 2 * count], saved[2 * count :]
     inputs = [*grads, *saved]
-    to_maps, to_rows, to_cols = [None] * ctx.maps, [None] * count, [None] * count
+    grad_maps, grad_rows, grad_cols = [None] * ctx.maps, [None] * count, [None] * count
     with torch.no_grad():
         grads = [grad.contiguous() for grad in grads]
         if any(ctx.needs_input_grad[0]):
-            to_maps = op("lowpass_foreach_input_grad", backend)(
+            grad_maps = op("lowpass_foreach_input_grad", backend)(
                 grads, ctx.sizes, ctx.channels_last, ctx.scales, row_filters, col_filters, ctx.grids, ctx.prefix_tokens
             )
         for n, x in enumerate(maps):
             if ctx.needs_input_grad[2][n] or ctx.needs_input_grad[3][n]:
                 grid = ctx.grids[2 * n : 2 * n + 2]
-                to_rows[n], to_cols[n] = op("lowpass_filter_grad", backend)(
+                grad_rows[n], grad_cols[n] = op("lowpass_filter_grad", backend)(
                     grads[n], x, ctx.scales, row_filters[n], col_filters[n], grid if grid[0] else [],
                     ctx.prefix_tokens[n],
                 )  # fmt: skip
-    to_maps, to_rows, to_cols = (
-        [first_order_only(gradient, inputs) for gradient in gradients] for gradients in (to_maps, to_rows, to_cols)
+    grad_maps, grad_rows, grad_cols = (
+        [once_differentiable(gradient, inputs) for gradient in gradients]
+        for gradients in (grad_maps, grad_rows, grad_cols)
     )
-    return to_maps, None, to_rows, to_cols, None, None
+    return grad_maps, None, grad_rows, grad_cols, None, None
 
 
-register_autograd("lowpass_foreach", _setup_foreach, _backward_foreach, FOREACH_BACKENDS)
+register_autograd("lowpass_foreach", _setup_foreach, _backward_foreach)

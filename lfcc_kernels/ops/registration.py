@@ -1,64 +1,33 @@
-"""What both ops share: the library fragment, an overload a backend, a short way to call, and the guard against a
-second derivative.
+"""Registration of fakes and autograd formulas, calls of an op's overload, and the guard against double backward.
 
-Every op has an overload of one schema for each backend: `default` and `cuda`, which the compiled library serves, and
-`triton`. So the choice of backend is part of a graph, and the backward pass, which may run in another thread, stays
-with it.
+Used by the modules of this folder. The schemas are in `lfcc_kernels.backends.schemas`.
 """
 
 import functools
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lfcc_kernels.backends import native
-
-library = torch.library.Library("lfcc", "FRAGMENT")
+from lfcc_kernels.backends.schemas import BACKENDS, OVERLOADS, library, qualified
 
 
-# Which overload, named as in a schema, serves a backend.
-OVERLOADS = {"cpu": "", "triton": ".triton", "cuda": ".cuda"}
+def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator for the function that gives shape, dtype and layout of an op's results, for every overload."""
 
-
-def define(schemas: list[str], module: str, backends: Sequence[str] = tuple(OVERLOADS)) -> None:
-    """Define the overloads that the compiled library does not bring; `module` has the functions behind Triton's."""
-    for schema in schemas:
-        name, arguments = schema.split("(", 1)
-        if native.missing and "cpu" in backends:
-            library.define(schema)
-        if "cuda" in backends:
-            library.define(f"{name}.cuda({arguments}")
-        if "triton" in backends:
-            library.define(f"{name}.triton({arguments}")
-            for key in ("CPU", "CUDA"):
-                library.impl(f"{name}.triton", _lazily(f"lfcc_kernels.backends.triton.{module}", name), key)
-
-
-def _lazily(module: str, name: str) -> Callable:
-    """The function of that name, whose module, and Triton with it, is imported with the first call."""
-    return lambda *arguments: getattr(importlib.import_module(module), name)(*arguments)
-
-
-def register_fake(name: str, backends: Sequence[str] = tuple(OVERLOADS)) -> Callable[[Callable], None]:
-    """Decorates a function that gives shape, type and layout of an op's results, for these backends' overloads."""
-
-    def register(fake: Callable) -> None:
-        for backend in backends:
-            torch.library.register_fake(f"lfcc::{name}{OVERLOADS[backend]}", fake, lib=library)
+    def register(fake: Callable[..., Any]) -> None:
+        for backend in BACKENDS[name]:
+            torch.library.register_fake(qualified(name, backend), fake, lib=library)
 
     return register
 
 
-def register_autograd(
-    name: str, setup_context: Callable, backward: Callable, backends: Sequence[str] = tuple(OVERLOADS)
-) -> None:
-    """Derivative of an op for these backends' overloads; `backward` gets the backend's name before its ctx."""
-    for backend in backends:
+def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register the derivative of an op for every overload; `backward` gets the backend's name before its ctx."""
+    for backend in BACKENDS[name]:
         torch.library.register_autograd(
-            f"lfcc::{name}{OVERLOADS[backend]}",
+            qualified(name, backend),
             functools.partial(backward, backend),
             setup_context=setup_context,
             lib=library,
@@ -66,38 +35,38 @@ def register_autograd(
 
 
 def op(name: str, backend: str) -> torch._ops.OpOverload:
-    """The overload of an op that `backend` serves."""
-    return getattr(getattr(torch.ops.lfcc, name), OVERLOADS[backend].removeprefix(".") or "default")
+    """The overload of an op that `backend` implements."""
+    return getattr(getattr(torch.ops.lfcc, name), OVERLOADS[backend])
 
 
 def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
-    """The op's result; where no graph is recorded, without the Python of its autograd, a third of a small call."""
+    """Call an op, skipping the autograd wrapper in no-grad mode (saves a third of a small call)."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
-class FirstOrderOnly(torch.autograd.Function):
-    """Identity on a gradient; ties it to the inputs it depends on, so that differentiating it again is an error.
+class OnceDifferentiable(torch.autograd.Function):
+    """Identity on a gradient that ties it to the inputs it depends on and raises in its own backward pass.
 
-    Without the tie a second derivative would leave out terms without a word.
+    Otherwise double backward would silently drop terms.
     """
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor):
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(
-            "lfcc_kernels: the compiled kernels have no second derivative; "
+            "lfcc_kernels: the fused kernels have no second derivative; "
             "run the forward pass under lfcc_kernels.use_backend('eager'), which has one"
         )
 
 
-def first_order_only(gradient: Tensor | None, inputs: list[Tensor | None]) -> Tensor | None:
-    """`gradient`, guarded where a graph of the backward pass is being recorded (create_graph=True)."""
+def once_differentiable(gradient: Tensor | None, inputs: list[Tensor | None]) -> Tensor | None:
+    """`gradient`, guarded if the backward pass itself is being recorded (create_graph=True)."""
     if gradient is None or not torch.is_grad_enabled():
         return gradient
-    return FirstOrderOnly.apply(gradient, *(x for x in inputs if x is not None and x.requires_grad))
+    return OnceDifferentiable.apply(gradient, *(x for x in inputs if x is not None and x.requires_grad))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lfcc_kernels.backends.eager import accumulator
+from lfcc_kernels.backends.dtypes import accumulator
 from lfcc_kernels.backends.triton import runtime
 from lfcc_kernels.backends.triton.tiles import table, tiles
 

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lfcc_kernels.backends.eager import accumulator
+from lfcc_kernels.backends.dtypes import accumulator
 from lfcc_kernels.backends.triton import lowpass_kernels as kernels
 from lfcc_kernels.backends.triton import runtime
 from lfcc_kernels.backends.triton import tiles as tiling
