@@ -26,11 +26,11 @@ help:
 	@echo "make TARGET, with PYTHON=, VENV=, TORCH= where the defaults do not suit:"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
 
-demo: $(STAMPS)/demo ## train a small ViT with a CNN as its teacher on photographs; DATA=folder takes them from there
-	$(BIN)/python -m lfcc_kernels.distill.demo $(if $(DATA),--data '$(DATA)')
+demo: $(STAMPS)/demo ## train a small ViT with a CNN teacher on CIFAR-10; DATA=folder reads CIFAR-10 from there
+	$(BIN)/python examples/cifar10/few_labels.py $(if $(DATA),--data '$(DATA)')
 
-demo-ddp: $(STAMPS)/demo ## train it by one process and by two that share the batch: the loss is the same
-	$(BIN)/python -m lfcc_kernels.distill.demo.ranks $(if $(DATA),--data '$(DATA)')
+demo-ddp: $(STAMPS)/demo ## train it in one process and in two that split each batch, and compare the losses
+	$(BIN)/python examples/cifar10/two_processes.py $(if $(DATA),--data '$(DATA)')
 
 # Tests of the offline compilation are parallel themselves, and print their tables from one process.
 PYTEST := $(BIN)/python -m pytest

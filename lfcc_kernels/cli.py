@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> int:
 
         print(report())
     elif args.command == "inspect":
-        from lfcc_kernels.distill.command import inspect_model
+        from lfcc_kernels.distill.models import inspect_model
 
         print(inspect_model(args.model, args.img_size))
     elif args.command == "report":

@@ -1,14 +1,14 @@
-"""A thin loop that distills one vision model into another: needs the extra `lfcc-kernels[train]`."""
+"""Distillation of vision models: the training loop and its parts. Needs the extra `lfcc-kernels[train]`."""
 
-from .batches import Batch, Batches
-from .cache import CacheError, TeacherCache
 from .checkpoint import CheckpointError, load_checkpoint
+from .config import FitSettings
+from .data.loader import Batch, Batches
 from .distiller import CachedGradients, Distiller, StudentOutputs, TeacherOutputs, build_lfcc
 from .features import FeatureExtractor, Tap, available_taps, create_extractor, default_taps
 from .loop import Terminated, fit
 from .models import TeacherInput
 from .run_folder import RunFolder, read_csv
-from .settings import FitSettings
+from .teacher_cache import CacheError, TeacherCache
 
 __all__ = [
     "Batch",

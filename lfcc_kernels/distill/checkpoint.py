@@ -1,9 +1,12 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
+"""Checkpoints: the complete state of a run, written atomically; a resumed run equals an uninterrupted one.
 
-A checkpoint is a dict of tensors and plain values, read with `weights_only=True`: `state_dict` (the bare
-student) and `state_dict_ema` are named as in timm, so `timm.create_model(..., checkpoint_path=)` reads the
-file as it is; `loss` holds projections and filters; then `optimizer`, by the names of its parameters, `scheduler`,
-`scaler`, `progress`, `rng`, one a rank, and `config`. A sharded run saves whole tensors.
+A checkpoint is a dict of tensors and plain values, loaded with `weights_only=True`:
+- `state_dict` (the bare student) and `state_dict_ema`, named as in timm, so that `timm.create_model(...,
+  checkpoint_path=)` loads the file;
+- `loss`: the projections and filters;
+- `optimizer` (by parameter name), `scheduler`, `scaler`, `progress`, `rng` (one per rank), `config`.
+
+A sharded run saves whole tensors.
 """
 
 import dataclasses
@@ -24,19 +27,19 @@ from torch import nn
 from lfcc_kernels.files import replace_file
 
 from .distiller import Distiller
+from .distributed import gather_objects, rank, world_size
 from .metrics import seconds
-from .ranks import gather_objects, rank, world_size
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the run."""
+    """A checkpoint cannot be read, or does not match the run."""
 
 
 @dataclass
 class Progress:
-    """How far a run is: epochs done, updates done of the next one with their sums, updates in all.
+    """Progress of a run: finished epochs, finished updates of the current epoch and their sums, all updates (`step`).
 
-    `best` are the best accuracies so far, as many as checkpoints of them are kept, best first.
+    `best` are the highest accuracies so far in descending order, one per checkpoint of a best epoch.
     """
 
     epoch: int = 0
@@ -48,14 +51,14 @@ class Progress:
     summary: dict[str, float] = field(default_factory=dict)
 
     def add(self, totals: Mapping[str, float]) -> None:
-        """Take in the sums of the updates since the last call."""
+        """Add the sums of the updates since the last call."""
         self.seconds += seconds(totals)
         self.epoch_totals = {name: self.epoch_totals.get(name, 0.0) + total for name, total in totals.items()}
 
 
 @dataclass
 class TrainingState:
-    """What changes from update to update. `module` is what trains: the distiller, or what parallelizes it."""
+    """Everything that an update changes. `module` is the module to train: the distiller, or its DDP wrapper."""
 
     distiller: Distiller
     module: nn.Module
@@ -70,7 +73,7 @@ class TrainingState:
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and whole tensors, to be called on all ranks; complete on the main one."""
+        """Plain values and whole tensors. Call it on all ranks; only rank 0 gets the complete state."""
         weights = dcp.get_model_state_dict(self.distiller, options=_WHOLE)
         state = {
             "state_dict": _under(_STUDENT, weights),
@@ -88,17 +91,23 @@ class TrainingState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to `state`. Raises CheckpointError where it does not fit model, loss, settings or ranks."""
-        parts = {"loss": self.distiller.lfcc, "state_dict_ema": self.ema, "scheduler": self.scheduler}
-        if differ := [name for name, part in parts.items() if (part is None) == (name in state)]:
-            raise CheckpointError(
-                f"the checkpoint and this run differ in having {', '.join(differ)}: "
-                "resume with the settings that the run was started with"
-            )
+        """Restore `state`. Raises CheckpointError if it does not match model, loss, settings or number of ranks."""
+        parts = {
+            "loss": (self.distiller.lfcc, "the LFCC loss (--lfcc-beta)"),
+            "state_dict_ema": (self.ema, "a moving average (--model-ema)"),
+            "scheduler": (self.scheduler, "a learning rate schedule (--sched)"),
+        }
+        for name, (part, option) in parts.items():
+            if (part is None) == (name in state):
+                has, uses = ("has", "does not use") if part is None else ("has no", "uses")
+                raise CheckpointError(
+                    f"the checkpoint {has} {name} state but this run {uses} {option}: resume with the options of the "
+                    "checkpoint"
+                )
         if len(state["rng"]) != world_size():
             raise CheckpointError(
-                f"the run was started on {len(state['rng'])} processes and is resumed on {world_size()}: its batches "
-                "would no longer be the same; resume on as many, or start a new run"
+                f"the checkpoint is from {len(state['rng'])} processes but this run has {world_size()}, which changes "
+                f"the batches: resume with {len(state['rng'])} processes, or start a new run"
             )
         weights = {
             **{_STUDENT + name: value for name, value in state["state_dict"].items()},
@@ -121,14 +130,14 @@ class TrainingState:
                 load()
             except (AttributeError, KeyError, RuntimeError, ValueError) as error:
                 raise CheckpointError(
-                    f"{name} of the checkpoint does not fit this run: {' '.join(str(error).split())[:300]}"
+                    f"the {name} state of the checkpoint does not match this run: {' '.join(str(error).split())[:300]}"
                 ) from error
         self.progress = Progress(**state["progress"])
         restore_rng(state["rng"][rank()])
 
 
 _STUDENT, _LOSS = "student.model.", "lfcc."
-_WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # not the shards of FSDP
+_WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # not FSDP shards
 
 
 def _under(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,14 +145,14 @@ def _under(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `path` at once: a crash leaves the old file or the new one. Raises OSError."""
+    """Write `state` to `path` atomically: after a crash the file is the old or the new one. Raises OSError."""
     try:
         with replace_file(path) as file:
             torch.save(dict(state), file)
-    except (OSError, RuntimeError) as error:  # torch has no other words for a disk that takes no more
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         raise OSError(
-            f"{path} could not be written ({str(error).splitlines()[0]}); what is in its folder is whole: make room "
-            "and go on with --resume"
+            f"cannot write {path} ({str(error).splitlines()[0]}); the previous checkpoint is intact: free space, then "
+            "--resume"
         ) from error
 
 
@@ -154,21 +163,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.save writes checksums, torch.load does not look at them.
+            # torch.save writes checksums, but torch.load does not verify them.
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
+    except Exception as error:  # depends on where the file is damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint of PyTorch ({reason})") from error
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({reason})") from error
     missing = {"state_dict", "optimizer", "scaler", "progress", "rng", "config"} - state.keys()
     if missing:
-        raise CheckpointError(f"{path} is no checkpoint of a training run: it has no {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path} is not a checkpoint of a training run: {', '.join(sorted(missing))} missing")
     return state
 
 
 def rng_state() -> dict[str, Any]:
-    """State of the global generators of Python, NumPy, torch and every GPU, in plain values and tensors."""
+    """State of the global generators of Python, NumPy, torch and all GPUs as plain values and tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),

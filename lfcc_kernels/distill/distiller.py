@@ -1,8 +1,8 @@
-"""Student and LFCC loss in one module whose `forward` is the only door, with the frozen teacher beside it.
+"""`Distiller`: student and losses in one module, which trains through `forward` only; the frozen teacher is outside.
 
 loss = CE + alpha * T^2 * KL(teacher || student at temperature T) + beta * LFCC
 
-CE: cross-entropy with the labels; KL as in Hinton et al. (arXiv 1503.02531); LFCC as in arXiv 2405.18524.
+CE is the cross-entropy with the labels, KL follows Hinton et al. (arXiv 1503.02531), LFCC follows arXiv 2405.18524.
 """
 
 import math
@@ -17,15 +17,14 @@ from torch.distributed import _functional_collectives as collectives
 
 from lfcc_kernels import LFCCLoss
 
+from .distributed import is_distributed, world_size
 from .features import FeatureExtractor, Tap
-from .ranks import joined_others, world_size
 
 
 class TeacherOutputs(NamedTuple):
-    """What the losses need of the teacher: logits (B, classes), and a pooled pyramid (B, cells, C_t) for each
-    stage.
+    """The teacher's logits (B, classes) and one pooled pyramid (B, cells, C_t) per stage.
 
-    None where the term that reads it has weight 0. Small enough to be kept for every image of a data set.
+    None if the term that reads it has weight 0. Small enough to cache for every image of a data set.
     """
 
     logits: Tensor | None
@@ -33,17 +32,17 @@ class TeacherOutputs(NamedTuple):
 
 
 class StudentOutputs(NamedTuple):
-    """logits (B, classes), and low-passed and projected features (B, cells, C_t) for each stage, None without LFCC."""
+    """The student's logits (B, classes) and pooled, projected pyramids (B, cells, C_t), None without LFCC."""
 
     logits: Tensor
     pyramids: list[Tensor] | None
 
 
 class CachedGradients(NamedTuple):
-    """The LFCC loss of an update that runs in several batches, and its gradients for one of them.
+    """GradCache: the LFCC loss of an update of several batches, and its gradients for one of them.
 
-    `loss` is that of all batches together, `pyramids` its gradients times their number. A mean over the batches then
-    has the whole loss and its whole gradient, as those of the other terms.
+    `loss` is the loss of all batches together. `pyramids` are its gradients times the number of batches, so that the
+    mean over batches has the whole loss and its whole gradient, as the other terms do.
     """
 
     loss: Tensor
@@ -52,14 +51,18 @@ class CachedGradients(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """The one module to wrap in DDP, compile and save: student, projections and filters, but not the teacher.
+    """The module to wrap in DDP, compile and save: student, projections and filters, but not the teacher.
 
-    `alpha` weighs the logit term, `beta` the LFCC term; a term of weight 0 is not computed. `lfcc` is needed where
-    `beta` > 0; `build_lfcc` makes one that fits two extractors. `teacher` is frozen and put in evaluation mode. It is
-    not a submodule: neither `parameters`, `state_dict`, `to` nor DDP reach it. It may be None where its outputs come
-    from a cache. `label_smoothing` is of the cross-entropy with labels that are no probabilities.
+    All parameters are used inside `forward`, the only method that DDP and FSDP synchronise.
 
-    Everything that trains runs inside `forward`, since DDP and FSDP follow no other call.
+    Args:
+        student: the model to train.
+        teacher: frozen and set to evaluation mode. It is not a submodule: `parameters`, `state_dict`, `to` and DDP do
+            not include it. None if its outputs come from a teacher cache.
+        lfcc: required if `beta` > 0; see `build_lfcc`.
+        alpha, beta: weights of logit KD and of LFCC. A term of weight 0 is not computed.
+        kd_temperature: temperature of both logits in logit KD.
+        label_smoothing: smoothing of class labels in the cross-entropy; does not apply to probabilities.
     """
 
     def __init__(
@@ -76,26 +79,26 @@ class Distiller(nn.Module):
         super().__init__()
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
+                raise ValueError(f"{name} is {value}, expected a finite number >= 0")
         if not (math.isfinite(kd_temperature) and kd_temperature > 0):
-            raise ValueError(f"kd_temperature must be a finite positive number, got {kd_temperature}")
+            raise ValueError(f"kd_temperature is {kd_temperature}, expected a finite positive number")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be from 0 to below 1, got {label_smoothing}")
+            raise ValueError(f"label_smoothing is {label_smoothing}, expected a number >= 0 and < 1")
         if beta > 0 and lfcc is None:
-            raise ValueError("beta > 0 needs the LFCC loss: pass lfcc=build_lfcc(student, teacher), or beta=0")
+            raise ValueError(f"beta is {beta} but lfcc is None: pass lfcc=build_lfcc(student, teacher), or beta=0")
         self.student = student
         self.lfcc = lfcc if beta > 0 else None
         self.weights = {"ce": 1.0} | {name: w for name, w in (("kd", alpha), ("lfcc", beta)) if w > 0}
         self.kd_temperature = kd_temperature
         self.label_smoothing = label_smoothing
-        self.clock: Callable[[str], None] | None = None  # called with the name of the part that has just ended
-        # Past nn.Module's own assignment, which would register it.
+        self.on_phase: Callable[[str], None] | None = None  # called at the end of a phase with its name
+        # Avoids nn.Module.__setattr__, which would register the teacher as a submodule.
         object.__setattr__(self, "teacher", teacher and teacher.eval().requires_grad_(False))
 
     def compile(self, **options: Any) -> None:
-        """Compile student, pooling and losses in place, each without a graph break; `options` as `torch.compile`.
+        """Compile student, pooling and losses in place, each without graph breaks; `options` as `torch.compile`.
 
-        To be called before DDP wraps the module. The gather of the ranks stays outside, where it is timed.
+        Call it before DDP wraps the module. The gather over ranks is not compiled, so that it can be timed.
         """
         self.student.compile(fullgraph=True, **options)
         self._pool = torch.compile(self._pool, fullgraph=True, **options)
@@ -103,11 +106,11 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> TeacherOutputs:
-        """The teacher's view of `images` (B, 3, H, W): one forward pass, its pyramids pooled once."""
+        """Teacher outputs for `images` (B, 3, H, W): one forward pass, features pooled into pyramids."""
         if self.weights.keys() == {"ce"}:
             return TeacherOutputs(None, None)
         if self.teacher is None:
-            raise RuntimeError("this Distiller has no teacher: pass one, or give fit batches with teacher outputs")
+            raise RuntimeError("this Distiller has no teacher: pass teacher=, or give fit batches with teacher outputs")
         logits, features = self.teacher(images)
         return TeacherOutputs(
             logits if "kd" in self.weights else None,
@@ -124,45 +127,46 @@ class Distiller(nn.Module):
         labelled: Tensor | None = None,
         cached: CachedGradients | None = None,
     ) -> dict[str, Tensor] | StudentOutputs:
-        """What the student makes of `images` (B, 3, H, W) or, where there are labels, the losses.
+        """Compute the losses or, if `labels` is None, the student's outputs.
 
         Args:
-            labels: (B,) int64, -100 marks an unlabelled image, which cross-entropy leaves out of its mean; or
-                probabilities (B, classes), as mixup makes them.
-            teacher_outputs: what `teach` returned for the same images.
-            ids: (B,) integers: images with equal ids are no negatives of each other.
-            labelled: 0-d, what cross-entropy is divided by; `labelled_images(labels)` by default.
-            cached: takes the place of the LFCC loss in an update of several batches.
+            images: (B, 3, H, W).
+            labels: (B,) int64 with -100 for unlabelled images, which the mean of the cross-entropy excludes; or
+                probabilities (B, classes), e.g. of mixup.
+            teacher_outputs: result of `teach` for the same images.
+            ids: (B,) integers; images with equal ids are not negatives of each other.
+            labelled: 0-d divisor of the cross-entropy; by default `labelled_images(labels)`.
+            cached: result of `cache_gradients`, replaces the LFCC loss in an update of several batches.
 
         Returns:
-            0-d tensors: "loss", the weighted sum, and the raw terms "ce", "kd", "lfcc" that have a weight; and
-            "logits" (B, classes).
+            0-d tensors: "loss", the weighted sum, and the unweighted terms "ce", "kd", "lfcc" whose weight is not 0;
+            and "logits" (B, classes).
         """
         travelling = None
         if labels is not None and "lfcc" in self.weights and cached is None:
             travelling = self.lfcc.gather_async(teacher_outputs.pyramids, ids)
         logits, features = self.student(images)
-        self._end_of_part("student")
-        if logits.requires_grad and self.clock is not None:
-            # Autograd runs later nodes first: here the losses are behind it, and the student is still ahead.
-            logits.register_hook(lambda grad: self._end_of_part("loss"))
+        self._end_phase("student")
+        if logits.requires_grad and self.on_phase is not None:
+            # Runs in the backward pass between the losses and the student.
+            logits.register_hook(lambda grad: self._end_phase("loss"))
         pyramids = self._pool(features)
         if labels is None:
             return StudentOutputs(logits, pyramids)
         if labelled is None and not labels.is_floating_point():
             labelled = labelled_images(labels)
-        self._end_of_part("loss")
+        self._end_phase("loss")
         keys = travelling and travelling.wait()
-        self._end_of_part("gather")
+        self._end_phase("gather")
         return self._terms(logits, pyramids, labels, teacher_outputs, ids, keys, labelled, cached)
 
     def cache_gradients(
         self, pyramids: Sequence[list[Tensor]], teachers: Sequence[list[Tensor]], ids: Sequence[Tensor] | None
     ) -> list[CachedGradients]:
-        """The LFCC loss of several batches as one, from the pyramids that `forward` made of each without a gradient.
+        """GradCache (Gao et al., arXiv 2101.06983): the LFCC loss of several batches as one, and its gradients.
 
-        Gradient caching (GradCache, Gao et al., arXiv 2101.06983) of the compact vectors: the loss is computed once,
-        and the second forward pass of each batch takes its gradients from here. Returns those, batch by batch.
+        `pyramids` and `teachers` are the pyramids of each batch, computed without gradients. The result, one item per
+        batch, is the argument `cached` of the second forward pass of that batch.
         """
         batches, sizes = len(pyramids), [len(batch[0]) for batch in pyramids]
         students = [torch.cat(stage).detach().requires_grad_() for stage in zip(*pyramids, strict=True)]
@@ -176,20 +180,18 @@ class Distiller(nn.Module):
             temperature=learned[0] if learned else None,
         )
         gradients = torch.autograd.grad(loss, students + learned)
-        of_batches = [(batches * gradient).split(sizes) for gradient in gradients[: len(students)]]
+        per_batch = [(batches * gradient).split(sizes) for gradient in gradients[: len(students)]]
         of_temperature = gradients[-1] if learned else None
-        return [
-            CachedGradients(loss.detach(), list(stages), of_temperature) for stages in zip(*of_batches, strict=True)
-        ]
+        return [CachedGradients(loss.detach(), list(stages), of_temperature) for stages in zip(*per_batch, strict=True)]
 
     def no_weight_decay(self) -> set[str]:
-        """Names that the student's authors keep out of weight decay, for timm's optimizer factory."""
+        """Names of parameters that the student excludes from weight decay, for timm's optimizer factory."""
         names = getattr(self.student.model, "no_weight_decay", set)()
         return {f"student.model.{name}" for name in names}
 
-    def _end_of_part(self, name: str) -> None:
-        if self.clock is not None:
-            self.clock(name)
+    def _end_phase(self, name: str) -> None:
+        if self.on_phase is not None:
+            self.on_phase(name)
 
     def _pool(self, features: list[Tensor]) -> list[Tensor] | None:
         return None if self.lfcc is None else self.lfcc.student_pyramids(features)
@@ -218,7 +220,7 @@ class Distiller(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The student of a distiller as a classifier, images (B, 3, H, W) -> logits (B, classes), sharded or not."""
+    """The student of a distiller as a classifier, images (B, 3, H, W) -> logits (B, classes); also if sharded."""
 
     def __init__(self, distiller: Distiller) -> None:
         super().__init__()
@@ -228,22 +230,22 @@ class Classifier(nn.Module):
         return self.distiller(images).logits
 
 
-class Tapped(Protocol):
-    """What has taps: an extractor, or a cache of what one gave."""
+class HasTaps(Protocol):
+    """An extractor or a teacher cache."""
 
     taps: tuple[Tap, ...]
     channels: list[int]
 
 
-def build_lfcc(student: Tapped, teacher: Tapped, **options) -> LFCCLoss:
-    """`LFCCLoss(**options)` between the taps of two sides, the first with the first and so on.
+def build_lfcc(student: HasTaps, teacher: HasTaps, **options) -> LFCCLoss:
+    """`LFCCLoss(**options)` between the taps of two models, paired in order.
 
-    Raises ValueError where the taps differ in number or a map is smaller than a scale.
+    Raises ValueError if the numbers of taps differ or a feature map is smaller than a scale.
     """
     if len(student.taps) != len(teacher.taps):
         raise ValueError(
-            f"the student has {len(student.taps)} taps and the teacher {len(teacher.taps)}: "
-            "name as many --student-taps as --teacher-taps"
+            f"the student has {len(student.taps)} taps but the teacher has {len(teacher.taps)}: set equally many "
+            "--student-taps and --teacher-taps"
         )
     lfcc = LFCCLoss(student.channels, teacher.channels, **options)
     largest = max(options.get("scales", (1, 2, 4)))
@@ -251,34 +253,34 @@ def build_lfcc(student: Tapped, teacher: Tapped, **options) -> LFCCLoss:
         for tap in extractor.taps:
             if min(tap.grid) < largest:
                 raise ValueError(
-                    f"the {side}'s tap {tap.name} is {tap.grid[0]} x {tap.grid[1]}, smaller than scale "
-                    f"{largest}: choose larger images, smaller --lfcc-scales or other --{side}-taps"
+                    f"{side} tap {tap.name} has a grid of {tap.grid[0]} x {tap.grid[1]}, smaller than scale {largest}: "
+                    f"use larger images, smaller --lfcc-scales or other --{side}-taps"
                 )
     return lfcc
 
 
 def labelled_images(labels: Tensor) -> Tensor:
-    """0-d float32: how many of `labels` (B,) are not -100, on average over the ranks.
+    """The number of `labels` (B,) that are not -100, averaged over ranks, 0-d float32.
 
-    Cross-entropy over this number has, averaged over ranks, the mean over all labelled images of the batch, however
-    they fell to the ranks.
+    With this divisor, the cross-entropy averaged over ranks is the mean over all labelled images, however they are
+    distributed over the ranks.
     """
     count = (labels != -100).sum().float()
-    if not joined_others():
+    if not is_distributed():
         return count
     return collectives.all_reduce(count, "sum", dist.group.WORLD) / world_size()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None, smoothing: float) -> Tensor:
-    """With class numbers, the sum over the labelled images by `labelled`; with probabilities, the mean."""
+    """With class labels, the sum over labelled images divided by `labelled`; with probabilities, the mean."""
     if labels.is_floating_point():
         return F.cross_entropy(logits, labels)
     total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
-    return total / labelled.clamp(min=1e-6)  # 0 where no image has a label
+    return total / labelled.clamp(min=1e-6)  # 0 if no image has a label
 
 
 def _with_gradients(cached: CachedGradients, pyramids: list[Tensor], temperature: float | Tensor) -> Tensor:
-    """The cached loss, with the cached gradients."""
+    """The cached loss with its cached gradients."""
     inner = sum((pyramid * gradient).sum() for pyramid, gradient in zip(pyramids, cached.pyramids, strict=True))
     if cached.temperature is not None:
         inner = inner + temperature * cached.temperature
@@ -289,11 +291,8 @@ def _logit_kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """temperature^2 * KL(teacher || student), mean over the batch."""
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} must be of one "
-            "shape: both need the same classes"
+            f"student logits are {tuple(student.shape)} but teacher logits are {tuple(teacher.shape)}: both need the "
+            "same classes"
         )
-    student, teacher = (
-        F.log_softmax(student / temperature, dim=1),
-        F.log_softmax(teacher / temperature, dim=1),
-    )
+    student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

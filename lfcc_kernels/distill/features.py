@@ -1,9 +1,8 @@
-"""Logits and intermediate features of a vision model, from one forward pass.
+"""Logits and intermediate features of a vision model from one forward pass.
 
-`create_extractor` wraps a model; the wrapper's `forward(images)` returns `(logits, features)`, one feature
-map (B, C, H, W) a tap. Taps of timm models are the indices of `forward_intermediates`; taps of any other
-model are module names, read by forward hooks. Tokens come out as maps too: prefix tokens are cut off and the
-rest is viewed as (B, C, H, W) with the strides it has, so nothing is copied.
+`create_extractor` wraps a model; `forward(images)` of the wrapper returns `(logits, features)`, with one feature map
+(B, C, H, W) per tap. Taps of timm models are indices of `forward_intermediates`; taps of other models are module names,
+read by forward hooks. Tokens are returned as maps too: without prefix tokens, viewed as (B, C, H, W) without a copy.
 """
 
 import math
@@ -20,10 +19,10 @@ Features = tuple[Tensor, list[Tensor]]
 
 @dataclass(frozen=True)
 class Tap:
-    """A place in a model where features are read.
+    """A feature layer of a model.
 
-    `name` is an index of timm's `forward_intermediates` or a module name; `module` is what the model calls
-    it. `grid` is (H, W) in cells, `prefix_tokens` the class and register tokens that are cut off before it.
+    `name` is an index of timm's `forward_intermediates` or a module name; `module` is the name of the module, or its
+    type. `grid` is (H, W) in cells; `prefix_tokens` is the number of class and register tokens, which are removed.
     """
 
     name: int | str
@@ -35,7 +34,7 @@ class Tap:
 
 
 class FeatureExtractor(nn.Module):
-    """A model with taps. `preprocess` changes the images first; without taps only logits are computed."""
+    """A model with taps. `preprocess` is applied to the images first. Without taps only logits are computed."""
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], preprocess: nn.Module | None = None) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class FeatureExtractor(nn.Module):
 
 
 class IntermediatesExtractor(FeatureExtractor):
-    """Taps of a timm model, by index."""
+    """Taps of a timm model by index."""
 
     def _forward_taps(self, images: Tensor) -> Features:
         last, features = self.model.forward_intermediates(
@@ -70,11 +69,11 @@ class IntermediatesExtractor(FeatureExtractor):
 
 
 class HookExtractor(FeatureExtractor):
-    """Taps of any model, by module name. The modules must return maps (B, C, H, W) or tokens (B, N, C)."""
+    """Taps of any model by module name. The modules must return maps (B, C, H, W) or tokens (B, N, C)."""
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], preprocess: nn.Module | None = None) -> None:
         super().__init__(model, taps, preprocess)
-        # A copy of the model, such as its moving average, has the hooks too: they record only in `forward`.
+        # None outside `forward`, since copies of the model, such as its moving average, have the hooks too.
         self._recorded: dict[str, Tensor] | None = None
         for tap in taps:
             model.get_submodule(tap.name).register_forward_hook(self._recorder(tap.name))
@@ -110,37 +109,42 @@ def create_extractor(
     prefix_tokens: int | None = None,
     preprocess: nn.Module | None = None,
 ) -> FeatureExtractor:
-    """Wrap `model`, which takes RGB images of `image_size` pixels, a side or (H, W).
+    """Wrap `model` for RGB images.
 
-    `taps`: indices for a model with timm's `forward_intermediates`, in order of depth; module names for any
-    model; None picks four by `default_taps`; empty computes logits only. `grid` and `prefix_tokens` describe
-    the tokens of hooked modules where the model does not tell: by default the grid follows from the image's
-    shape and square patches. Raises ValueError for a tap that is not there or whose output is neither maps
-    nor tokens.
+    Args:
+        model: any vision model.
+        taps: indices for a model with timm's `forward_intermediates`, sorted by depth; module names for any model;
+            None selects four indices with `default_taps`; an empty list computes logits only.
+        image_size: side of the images in pixels, or (H, W).
+        grid, prefix_tokens: layout of the tokens of hooked modules. By default `grid` follows from the image size and
+            square patches, and `prefix_tokens` from the model.
+        preprocess: applied to the images first.
+
+    Raises ValueError for a tap that does not exist, or whose output is neither maps nor tokens.
     """
     if taps is None:
         return IntermediatesExtractor(model, default_taps(available_taps(model, image_size)), preprocess)
     if len(set(taps)) != len(taps):
-        raise ValueError(f"each tap may be named once, got {list(taps)}")
+        raise ValueError(f"taps are {list(taps)}, expected each tap once")
     if all(isinstance(tap, int) for tap in taps):
-        there = available_taps(model, image_size) if taps else ()
-        if beyond := [tap for tap in taps if not 0 <= tap < len(there)]:
-            raise ValueError(f"{type(model).__name__} has taps 0 to {len(there) - 1}, got {beyond[0]}")
-        return IntermediatesExtractor(model, [there[tap] for tap in sorted(taps)], preprocess)
+        available = available_taps(model, image_size) if taps else ()
+        if unknown := [tap for tap in taps if not 0 <= tap < len(available)]:
+            raise ValueError(f"{type(model).__name__} has no tap {unknown[0]}, expected 0 to {len(available) - 1}")
+        return IntermediatesExtractor(model, [available[tap] for tap in sorted(taps)], preprocess)
     if all(isinstance(tap, str) for tap in taps):
         return HookExtractor(model, _hooked_taps(model, taps, image_size, grid, prefix_tokens), preprocess)
-    raise ValueError(f"taps must be all indices or all module names, got {list(taps)}")
+    raise ValueError(f"taps are {list(taps)}, expected only indices or only module names")
 
 
 @torch.no_grad()
 def available_taps(model: nn.Module, image_size: int | tuple[int, int] = 224) -> tuple[Tap, ...]:
-    """Every tap of a model with timm's `forward_intermediates`, from one small forward pass."""
+    """All taps of a model with timm's `forward_intermediates`; runs one forward pass on a blank image."""
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"{type(model).__name__} has no forward_intermediates: name its modules as taps")
+        raise ValueError(f"{type(model).__name__} has no forward_intermediates: use module names as taps")
     with _evaluating(model):
         images = _blank_images(model, image_size)
         maps = model.forward_intermediates(images, intermediates_only=True)
-        tokens = _speaks_tokens(model, images)
+        tokens = _has_tokens(model, images)
     modules = [info["module"] for info in model.feature_info]
     return tuple(
         Tap(
@@ -156,9 +160,9 @@ def available_taps(model: nn.Module, image_size: int | tuple[int, int] = 224) ->
 
 
 def default_taps(taps: Sequence[Tap]) -> tuple[Tap, ...]:
-    """Four taps: the last four, or, where all have one grid, after 1/6, 1/3, 5/6 and 6/6 of the depth.
+    """Four taps: the last four, or, if all grids are equal, those at 1/6, 1/3, 5/6 and 6/6 of the depth.
 
-    The latter are blocks 1 3 9 11 of 12, the choice of OFA-KD (arXiv 2310.19444).
+    The latter are blocks 1, 3, 9 and 11 of 12, as in OFA-KD (arXiv 2310.19444).
     """
     depth = len(taps)
     if depth > 4 and len({tap.grid for tap in taps}) == 1:
@@ -176,7 +180,7 @@ def _hooked_taps(
 ) -> list[Tap]:
     modules = dict(model.named_modules())
     if unknown := [name for name in names if name not in modules]:
-        raise ValueError(f"{type(model).__name__} has no module {unknown[0]!r}; model.named_modules() lists its names")
+        raise ValueError(f"{type(model).__name__} has no module {unknown[0]!r}: model.named_modules() lists the names")
     outputs: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
@@ -212,23 +216,23 @@ def _hooked_tap(
         grid = guess if grid is None else grid
         if grid[0] * grid[1] != cells:
             raise ValueError(
-                f"tap {name!r} has {output.shape[1]} tokens, which is not {prefix} prefix tokens and a "
-                f"grid of {grid[0]} x {grid[1]}: give grid=(H, W) and prefix_tokens"
+                f"tap {name!r} has {output.shape[1]} tokens, expected {prefix} prefix tokens and a grid of "
+                f"{grid[0]} x {grid[1]}: set grid=(H, W) and prefix_tokens"
             )
         return Tap(name, type(model.get_submodule(name)).__name__, output.shape[2], grid, "tokens", prefix)
-    what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise ValueError(f"tap {name!r} returns {what}; expected maps (B, C, H, W) or tokens (B, N, C)")
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ValueError(f"tap {name!r} returns {found}, expected maps (B, C, H, W) or tokens (B, N, C)")
 
 
 def _tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, H*W, C) seen as (B, C, H, W)."""
+    """(B, H*W, C) viewed as (B, C, H, W)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def _speaks_tokens(model: nn.Module, images: Tensor) -> bool:
+def _has_tokens(model: nn.Module, images: Tensor) -> bool:
     try:
         tokens = model.forward_intermediates(images, indices=[0], output_fmt="NLC", intermediates_only=True)
-    except AssertionError:  # how timm says that a model has maps only
+    except AssertionError:  # raised by timm for a model without tokens
         return False
     return tokens[0].ndim == 3
 
@@ -238,13 +242,13 @@ def _prefix_tokens(model: nn.Module) -> int:
 
 
 def _is_channels_last(model: nn.Module) -> bool:
-    """Whether the blocks of a timm model, Swin for one, hand on (B, H, W, C)."""
+    """Whether the blocks of a timm model return (B, H, W, C), e.g. in Swin."""
     return getattr(model, "output_fmt", "NCHW") == "NHWC"
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that a probe changes no running statistics."""
+    """Evaluation mode, so that a forward pass does not change running statistics."""
     training = model.training
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""A page about one or more runs: `report.html` with its pictures inside, beside it the PNG and CSV files.
+"""HTML report on run folders: a self-contained `report.html`, and its plots and tables as PNG and CSV files.
 
-Needs the extra `lfcc-kernels[report]`. The page loads nothing from anywhere.
+Used by `lfcc report` and the examples. Needs the extra `lfcc-kernels[report]`.
 """
 
 import html
@@ -18,12 +18,12 @@ from lfcc_kernels.html import Picture, Rows, html_link, html_table, write_html, 
 
 from .run_folder import read_csv
 
-_TERMS = {"ce": "cross-entropy", "kd": "logit KD", "lfcc": "LFCC"}
+_TERMS = {"ce": "cross-entropy", "kd": "logit KD loss", "lfcc": "LFCC loss"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `fit` left in a run folder."""
+    """Logs of a run folder."""
 
     name: str
     folder: Path
@@ -41,10 +41,17 @@ def write_report(
     table: Rows = (),
     pictures: Sequence[Picture] = (),
 ) -> Path:
-    """Write the page about the run folders `runs` into the folder `output`; returns the path of report.html.
+    """Write a report on the run folders `runs` into the folder `output`. Returns the path of report.html.
 
-    `text` are paragraphs above the table, `table` replaces the one made of the runs' last rows, `pictures`
-    follow the curves. Raises FileNotFoundError for a folder in which no run has finished an epoch.
+    Args:
+        runs: run folders.
+        output: folder of the report.
+        title: title of the page.
+        text: paragraphs above the table.
+        table: replaces the table of the last rows of the runs.
+        pictures: further plots below the training curves.
+
+    Raises FileNotFoundError for a folder without a finished epoch.
     """
     loaded = _load(runs)
     output = Path(output)
@@ -54,16 +61,16 @@ def write_report(
         *(f"<p>{html.escape(paragraph)}</p>" for paragraph in text),
         html_table(table or [_last_row(run) for run in loaded]),
         *(write_picture(picture, output) for picture in (_accuracy(loaded), _terms(loaded), *pictures)),
-        "<h2>Where this ran</h2>",
-        html_table(_where(loaded)),
-        "<h2>The numbers behind the curves</h2>",
+        "<h2>Environment</h2>",
+        html_table(_environment(loaded)),
+        "<h2>Data of the curves</h2>",
         *(f"<p>{_copy_csv(run, 'summary', output)}, {_copy_csv(run, 'steps', output)}</p>" for run in loaded),
     ]
     return write_html(output / "report.html", title, body)
 
 
 def text_table(rows: Rows) -> str:
-    """`rows` for a terminal: columns wide enough, the first to the left, the others to the right."""
+    """`rows` as a text table: the first column is left-aligned, the others right-aligned."""
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -79,7 +86,9 @@ def _load(folders: Sequence[str | Path]) -> list[Run]:
     for folder in folders:
         epochs, versions = read_csv(folder / "summary.csv"), folder / "versions.json"
         if not epochs:
-            raise FileNotFoundError(f"{folder} is no folder of a run: it has no finished epoch in a summary.csv")
+            raise FileNotFoundError(
+                f"{folder} is not a run folder with a finished epoch: summary.csv is missing or empty"
+            )
         runs.append(
             Run(
                 name=folder.name if short else f"{folder.parent.name}-{folder.name}",
@@ -98,16 +107,16 @@ def _last_row(run: Run) -> dict[str, object]:
         "run": run.name,
         "epochs": f"{last['epoch']:.0f}",
         "updates": f"{last['step']:.0f}",
-        "top-1 %": f"{last['top1']:.2f}",
-        "best top-1 %": f"{last['best_top1']:.2f}",
+        "top-1 (%)": f"{last['top1']:.2f}",
+        "best top-1 (%)": f"{last['best_top1']:.2f}",
         "images/s": f"{last['images_per_second']:.0f}",
-        "training s": f"{last['seconds']:.0f}",
-        "in the loss": f"{last['loss_share']:.1%}",
+        "training time (s)": f"{last['seconds']:.0f}",
+        "time in loss": f"{last['loss_share']:.1%}",
     }
 
 
-def _where(runs: Sequence[Run]) -> Rows:
-    """One row a fact; one column a run, or one for all where all ran in one place."""
+def _environment(runs: Sequence[Run]) -> Rows:
+    """One row per fact; one column per run, or a single column if all runs have the same versions."""
     same = all(run.versions == runs[0].versions for run in runs)
     columns = {"all runs": runs[0].versions} if same else {run.name: run.versions for run in runs}
     facts = dict.fromkeys(fact for versions in columns.values() for fact in versions)
@@ -122,25 +131,34 @@ def _plain(value: object) -> str:
 
 def _accuracy(runs: Sequence[Run]) -> Picture:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, x, label in zip(figure.subplots(1, 2), ("step", "seconds"), ("updates", "seconds"), strict=True):
+    for axes, x, label in zip(
+        figure.subplots(1, 2), ("step", "seconds"), ("updates", "training time (s)"), strict=True
+    ):
         for run in runs:
             axes.plot([e[x] for e in run.epochs], [e["top1"] for e in run.epochs], marker=".", label=run.name)
-        _label(axes, label, "top-1 accuracy, %")
-    return Picture("accuracy", "Accuracy", "Held-out accuracy during training, by updates and by time.", figure)
+        _label(axes, label, "top-1 accuracy (%)")
+    return Picture(
+        "accuracy", "Accuracy", "Validation accuracy during training, against updates and against time.", figure
+    )
 
 
 def _terms(runs: Sequence[Run]) -> Picture:
     terms = [term for term in _TERMS if any(term in row for run in runs for row in run.steps)]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
-        for run, style in zip(runs, cycle(("-", "--", ":")), strict=False):  # where one hides another, both are seen
+        for run, style in zip(runs, cycle(("-", "--", ":")), strict=False):  # so that overlapping curves are visible
             rows = [row for row in run.steps if term in row]
-            # A run without this term takes its turn too, so that it has one color in all panels.
+            # Also plotted without this term, so that a run has the same color in all panels.
             axes.plot(
                 [row["step"] for row in rows], [row[term] for row in rows], style, label=run.name if rows else None
             )
         _label(axes, "updates", _TERMS[term])
-    return Picture("terms", "Loss terms", "Each term before its weight, as a mean between two log rows.", figure)
+    return Picture(
+        "terms",
+        "Loss terms",
+        "Unweighted loss terms during training; each point is the mean since the previous one.",
+        figure,
+    )
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
@@ -150,7 +168,7 @@ def _label(axes: Axes, x: str, y: str) -> None:
 
 
 def _copy_csv(run: Run, kind: str, output: Path) -> str:
-    """Copy a table of the run; returns the HTML that links to it."""
+    """Copy a CSV file of the run. Returns an HTML link to it."""
     name = f"{run.name}-{kind}.csv"
     shutil.copyfile(run.folder / f"{kind}.csv", output / name)
     return html_link(name)

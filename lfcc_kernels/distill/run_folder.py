@@ -1,7 +1,7 @@
 """The folder of one run: config.yaml, versions.json, steps.csv, summary.csv, events/, checkpoints/.
 
-`checkpoints/last.pt` is where the run goes on, `checkpoints/best.pt` the epoch of the best accuracy, `best-2.pt` that
-of the second best, as many as are to be kept.
+`checkpoints/last.pt` is the checkpoint to resume from, `checkpoints/best.pt` the one of the most accurate epoch,
+`best-2.pt` that of the second most accurate, and so on up to `checkpoint_hist`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -20,14 +19,15 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-import lfcc_kernels
+from lfcc_kernels import __version__, available_backends
 from lfcc_kernels.files import remove_stale, replace_file
+from lfcc_kernels.version import commit
 
-from .ranks import is_main
+from .distributed import is_main
 
 
 class RunFolder:
-    """Names and writes the files of a run. Makes nothing on disk before `prepare` or `log`."""
+    """Names and writes the files of a run. Creates no files before `prepare` or `log`."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -35,25 +35,25 @@ class RunFolder:
         self.last = self.checkpoints / "last.pt"
         self.best = self.checkpoints / "best.pt"
 
-    def place(self, number: int) -> Path:
-        """Where the checkpoint of the best epoch is (1), of the second best (2) and so on."""
+    def best_path(self, number: int) -> Path:
+        """Path of the checkpoint of the best epoch (1), of the second best (2) and so on."""
         return self.best if number == 1 else self.checkpoints / f"best-{number}.pt"
 
-    def make_place(self, number: int, kept: int) -> None:
-        """Move the checkpoints from place `number` on one place down; what leaves place `kept` is gone."""
+    def rotate_best(self, number: int, kept: int) -> None:
+        """Shift the checkpoints `number`, ..., `kept` - 1 by one, which overwrites the checkpoint `kept`."""
         for lower in range(kept, number, -1):
-            if self.place(lower - 1).exists():
-                self.place(lower - 1).replace(self.place(lower))
+            if self.best_path(lower - 1).exists():
+                self.best_path(lower - 1).replace(self.best_path(lower))
 
     def require_empty(self) -> None:
-        """Raises FileExistsError if a new run here would mix with something that is there already."""
+        """Raises FileExistsError if the folder contains files."""
         if self.root.is_file() or (self.root.is_dir() and any(self.root.iterdir())):
             raise FileExistsError(
-                f"{self.root} is not empty: name another --experiment, or go on with its run by --resume"
+                f"{self.root} is not empty: choose another --experiment, or continue its run with --resume"
             )
 
     def prepare(self, config: Mapping[str, Any]) -> None:
-        """Write the resolved configuration and the versions of what runs it, on the main rank."""
+        """Write the resolved configuration and the package versions, on rank 0."""
         if not is_main():
             return
         self.root.mkdir(parents=True, exist_ok=True)
@@ -64,10 +64,7 @@ class RunFolder:
 
     @contextmanager
     def log(self, step: int) -> Iterator[RunLog]:
-        """The run's log, cut back to update `step`: what came after the last checkpoint happens again.
-
-        The main rank alone writes.
-        """
+        """The log of the run, truncated to update `step`: later updates will be repeated. Only rank 0 writes."""
         if not is_main():
             yield RunLog()
             return
@@ -83,7 +80,7 @@ class RunFolder:
 
 
 class RunLog:
-    """Rows of numbers, each with a "step", to CSV and TensorBoard."""
+    """Writes rows of numbers, each with a "step", to CSV and TensorBoard."""
 
     def __init__(
         self, steps: _CsvLog | None = None, summary: _CsvLog | None = None, events: SummaryWriter | None = None
@@ -91,11 +88,11 @@ class RunLog:
         self._steps, self._summary, self._events = steps, summary, events
 
     def step(self, row: Mapping[str, float]) -> None:
-        """Means over the updates since the last row."""
+        """Write means over the updates since the last row."""
         self._write(self._steps, "train", row)
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Means over an epoch, and the accuracy after it."""
+        """Write means over an epoch, and the accuracy after it."""
         self._write(self._summary, "epoch", row)
 
     def _write(self, table: _CsvLog | None, group: str, row: Mapping[str, float]) -> None:
@@ -109,7 +106,7 @@ class RunLog:
 
 
 class _CsvLog:
-    """A CSV file that grows by whole rows; opened, it keeps the rows up to update `step`."""
+    """Appends rows to a CSV file, after dropping those of updates after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
         rows = [row for row in _whole_rows(path) if int(row["step"]) <= step]
@@ -134,7 +131,7 @@ class _CsvLog:
 
 
 def read_csv(path: str | Path) -> list[dict[str, float]]:
-    """The rows of steps.csv or summary.csv as numbers, without one cut off; none if there is no file."""
+    """The complete rows of steps.csv or summary.csv as numbers; empty if the file does not exist."""
     return [{name: float(value) for name, value in row.items()} for row in _whole_rows(Path(path))]
 
 
@@ -150,17 +147,17 @@ def _line(values: Iterable[object]) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """What runs here: packages, Python, machine, backends, and the commit of a source checkout."""
+    """Versions of packages and Python, the machine, the backends, and the commit of a source checkout."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "lfcc-kernels": lfcc_kernels.__version__,
+        "lfcc-kernels": __version__,
         "torch": torch.__version__,
         **{package: _version(package) for package in ("timm", "torchvision", "triton", "numpy")},
-        "backends": list(lfcc_kernels.available_backends()),
+        "backends": list(available_backends()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit() or None,
     }
 
 
@@ -169,14 +166,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    source = Path(lfcc_kernels.__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip()

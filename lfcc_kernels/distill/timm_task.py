@@ -1,7 +1,4 @@
-"""LFCC as a training task of timm, to be put in the place of timm's own tasks in its `train.py`.
-
-docs/timm.md has the lines.
-"""
+"""LFCC as a training task for timm's `train.py`; docs/timm.md shows the lines to change."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,11 +11,11 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .data.loader import mirror_ids
 from .distiller import Distiller, TeacherOutputs, build_lfcc
+from .distributed import rank
 from .features import create_extractor
 from .models import TeacherInput, create_model
-from .ranks import rank
-from .sampling import mirror_ids
 
 try:
     from timm.task import TrainingTask
@@ -26,7 +23,7 @@ except ImportError:
     TrainingTask = None
 if not hasattr(TrainingTask, "get_checkpoint_state"):
     raise ImportError(
-        f"LFCCTask needs the training tasks of timm 1.0.27 or newer, and timm {timm.__version__} is installed: "
+        f"timm {timm.__version__} is installed but LFCCTask needs the training tasks of timm 1.0.27 or newer: "
         "pip install -U timm"
     )
 
@@ -34,23 +31,23 @@ _logger = logging.getLogger(__name__)
 
 
 class LFCCTask(TrainingTask):
-    """Cross-entropy + alpha * logit KD + beta * LFCC, around one `Distiller` that owns student and projections.
+    """Cross-entropy + alpha * logit KD + beta * LFCC, computed by a `Distiller` with student and projections.
 
-    Optimizer, EMA, gradient clipping and DDP take both; evaluation and checkpoints take the bare student, so that the
-    keys are those of `timm.create_model`, and the projections are in the checkpoint's `task_state`. The teacher is
-    frozen, stays in evaluation mode and gets images in its own normalisation.
+    Optimizer, EMA, gradient clipping and DDP use the whole distiller. Evaluation and checkpoints use the bare student,
+    so the keys are those of `timm.create_model`; the projections are in the checkpoint's `task_state`. The teacher is
+    frozen, stays in evaluation mode and gets images in its own normalization.
 
     Args:
         student_model: a timm model, on its device.
-        teacher_model: a model, or the name of one that comes with timm's pretrained weights.
-        criterion: (logits, target) -> loss in the place of cross-entropy with class numbers or probabilities.
-        student_taps, teacher_taps: as `create_extractor`; four each if not given.
-        image_size: side of the images; the student's own if not given.
-        alpha, beta, kd_temperature: as `Distiller`.
-        lfcc_options: keywords of `LFCCLoss`, such as {"scales": (1, 2)}.
-        device, dtype, verbose: as timm's tasks.
+        teacher_model: a model, or the name of a timm model with pretrained weights.
+        criterion: (logits, target) -> loss, replaces the cross-entropy.
+        student_taps, teacher_taps: as in `create_extractor`; by default four taps each.
+        image_size: image size in pixels; by default the student's own.
+        alpha, beta, kd_temperature: as in `Distiller`.
+        lfcc_options: arguments of `LFCCLoss`, e.g. {"scales": (1, 2)}.
+        device, dtype, verbose: as in timm's tasks.
 
-    Raises ValueError for a teacher or taps that cannot be had or do not fit.
+    Raises ValueError for a teacher that cannot be created, or for taps that do not exist or do not match.
     """
 
     def __init__(
@@ -78,25 +75,25 @@ class LFCCTask(TrainingTask):
         to_teacher = TeacherInput(student_model, teacher_model, size)
         teacher = create_extractor(teacher_model, teacher_taps, image_size=size, preprocess=to_teacher)
         lfcc = build_lfcc(student, teacher, **(lfcc_options or {})) if beta else None
-        # Its teacher stays out of it: `setup_ema` copies what it holds.
+        # Without the teacher, since `setup_ema` copies this module.
         self.trainable_module = Distiller(student, None, lfcc, alpha=alpha, beta=beta, kd_temperature=kd_temperature)
         self.trainable_module.to(self.device)
         self.teacher = teacher.to(self.device, self.dtype).eval().requires_grad_(False)
         self.criterion = criterion
         if verbose:
             pairs = zip(student.taps, teacher.taps, strict=True)
-            _logger.info("LFCC from %s", ", ".join(f"{theirs.module} to {ours.module}" for ours, theirs in pairs))
+            _logger.info("LFCC from %s", ", ".join(f"{t.module} to {s.module}" for s, t in pairs))
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) and class numbers (B,) or, of mixup and cutmix, probabilities (B, classes).
+        """Losses of images (B, 3, H, W) with class labels (B,), or with probabilities (B, classes) of mixup or CutMix.
 
-        Returns "loss", the logits as "output" (B, classes) and the terms "ce", "kd" and "lfcc" that have a weight.
-        Where targets are probabilities, images i and B-1-i are no negatives of each other: timm mixes those.
+        Returns "loss", the logits as "output" (B, classes), and the terms "ce", "kd" and "lfcc" whose weight is not 0.
+        If targets are probabilities, images i and B-1-i, which timm mixes, are not negatives of each other.
         """
         labels = target if self.criterion is None else target.new_full((len(target),), -100, dtype=torch.int64)
         size = len(target)
         ids = mirror_ids(rank() * size, size, target.device) if target.is_floating_point() else None
-        terms = self.trainable_module(input, labels, self._teach(input), ids)
+        terms = self.trainable_module(input, labels, self._teacher_outputs(input), ids)
         result = {"output": terms.pop("logits"), **terms}
         if self.criterion is not None:
             result["ce"] = self.criterion(result["output"], target)
@@ -104,24 +101,24 @@ class LFCCTask(TrainingTask):
         return result
 
     @torch.no_grad()
-    def _teach(self, images: Tensor) -> TeacherOutputs:
+    def _teacher_outputs(self, images: Tensor) -> TeacherOutputs:
         logits, features = self.teacher(images)
         lfcc = self._distiller().lfcc
         return TeacherOutputs(logits, lfcc and lfcc.teacher_pyramids(features))
 
     def train(self, mode: bool = True) -> "LFCCTask":
-        """Training mode for all but the teacher."""
+        """Set the mode of everything except the teacher."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "LFCCTask":
-        """Wrap student, projections and losses in DDP. LFCC takes the negatives of all ranks."""
+        """Wrap student, projections and losses in DDP. LFCC uses the negatives of all ranks."""
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile student, losses and teacher, before `prepare_distributed`. Returns the compiled student."""
+        """Compile student, losses and teacher; call it before `prepare_distributed`. Returns the compiled student."""
         options = {"backend": backend, "mode": mode, **compile_kwargs}
         self.eval_model = torch.compile(self.get_eval_model(), **options)
         self.trainable_module.compile(**options)
@@ -129,13 +126,13 @@ class LFCCTask(TrainingTask):
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The bare student, or its moving average (None where there is none)."""
+        """The bare student, or its moving average (None without one)."""
         resolved = super().get_eval_model(module=module, ema=ema)
         inner = unwrap_model(resolved)
         return inner.student.model if isinstance(inner, Distiller) else resolved
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Parameters of student, without those of its head if asked, projections and filters."""
+        """Parameters of student, projections and filters; `exclude_head` excludes the student's head."""
         distiller = self._distiller()
         student = list(distiller.student.parameters())
         if exclude_head:
@@ -143,7 +140,7 @@ class LFCCTask(TrainingTask):
         return student + ([] if distiller.lfcc is None else list(distiller.lfcc.parameters()))
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, dict[str, Tensor]]:
-        """{"lfcc": state of projections and filters}, empty without LFCC."""
+        """{"lfcc": state of projections and filters}; empty without LFCC."""
         lfcc = self._distiller(module, ema).lfcc
         return {} if lfcc is None else {"lfcc": lfcc.state_dict()}
 
@@ -154,7 +151,7 @@ class LFCCTask(TrainingTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Load what `get_task_state` returned. Without one, projections and filters stay as they are."""
+        """Load the result of `get_task_state`; None leaves projections and filters unchanged."""
         lfcc = self._distiller(module, ema).lfcc
         if state and lfcc is not None:
             lfcc.load_state_dict(state["lfcc"], strict=strict)

@@ -1,4 +1,4 @@
-"""One update of the student: a batch, or several that are contrasted as one big batch."""
+"""One optimizer step on one batch, or on several batches that are contrasted as one (GradCache); used by `fit`."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,49 +9,51 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import Batch
 from .checkpoint import TrainingState
+from .config import FitSettings
+from .data.loader import Batch
 from .distiller import CachedGradients, Distiller, TeacherOutputs, labelled_images
+from .distributed import no_sync
 from .metrics import StepTimer
-from .parallel import no_sync
-from .settings import FitSettings
 
 
 def update(
     state: TrainingState, batches: Sequence[Batch], settings: FitSettings, timer: StepTimer
 ) -> dict[str, Tensor]:
-    """One optimizer step on one or more batches. Returns the detached terms, their means over the batches, and the
-    gradient norm before clipping, on the device.
+    """One optimizer step. Returns the terms, averaged over the batches, and the gradient norm before clipping.
 
-    Several batches are contrasted as one (`Distiller.cache_gradients`), which takes a second forward pass of the
-    student. It is exact for a model whose output for an image does not depend on the other images: BatchNorm's
-    statistics stay those of each batch, and are counted once.
+    Several batches are contrasted as one (`Distiller.cache_gradients`), which needs a second forward pass of the
+    student. This is exact if the output for an image does not depend on the other images of the batch. BatchNorm uses
+    the statistics of each batch, and updates its running statistics once per batch. The results are 0-d tensors on the
+    device, without gradients.
     """
     distiller, device = state.distiller, batches[0].images.device
     if settings.channels_last:
         batches = [batch._replace(images=batch.images.to(memory_format=torch.channels_last)) for batch in batches]
     with settings.autocast(device):
         teachers = [distiller.teach(batch.images) if batch.teacher is None else batch.teacher for batch in batches]
-    timer.lap("teacher")
-    generators, cached = [nullcontext() for _ in batches], [None for _ in batches]
+    timer.mark("teacher")
+    rngs, cached = [nullcontext() for _ in batches], [None for _ in batches]
     if len(batches) > 1 and "lfcc" in distiller.weights:
-        generators, cached = _first_pass(distiller, batches, teachers, settings)
-        timer.lap("loss")
+        rngs, cached = _first_pass(distiller, batches, teachers, settings)
+        timer.mark("loss")
     labelled = None
     if not batches[0].labels.is_floating_point():
         labelled = labelled_images(torch.cat([batch.labels for batch in batches])) / len(batches)
     results = []
-    passes = zip(batches, teachers, generators, cached, strict=True)
-    for number, (batch, teacher, generator, cache) in enumerate(passes, start=1):
+    passes = zip(batches, teachers, rngs, cached, strict=True)
+    for number, (batch, teacher, rng, gradients) in enumerate(passes, start=1):
         with no_sync(state.module) if number < len(batches) else nullcontext():
-            with generator, settings.autocast(device):
-                terms = state.module(batch.images, batch.labels, teacher, batch.ids, labelled=labelled, cached=cache)
-            timer.lap("loss")
+            with rng, settings.autocast(device):
+                terms = state.module(
+                    batch.images, batch.labels, teacher, batch.ids, labelled=labelled, cached=gradients
+                )
+            timer.mark("loss")
             state.scaler.scale(terms["loss"] / len(batches)).backward()
-            timer.lap("backward")
+            timer.mark("backward")
         results.append(terms)
     grad_norm = _step(state, settings)
-    timer.lap("update")
+    timer.mark("update")
     names = ("loss", *distiller.weights)
     return {name: torch.stack([terms[name].detach() for terms in results]).mean() for name in names} | {
         "grad_norm": grad_norm
@@ -61,19 +63,19 @@ def update(
 def _first_pass(
     distiller: Distiller, batches: Sequence[Batch], teachers: Sequence[TeacherOutputs], settings: FitSettings
 ) -> tuple[list[AbstractContextManager], list[CachedGradients]]:
-    """The LFCC loss of all batches as one, and for each a context that draws again what its first pass drew."""
-    device, generators, pyramids = batches[0].images.device, [], []
-    with torch.no_grad(), _uncounted(distiller.student):
+    """GradCache of all batches as one, and for each batch a context that replays the RNG of its first pass."""
+    device, rngs, pyramids = batches[0].images.device, [], []
+    with torch.no_grad(), _frozen_bn_stats(distiller.student):
         for batch in batches:
-            generators.append(_same_draws(device))
+            rngs.append(_replay_rng(device))
             with settings.autocast(device):
                 pyramids.append(distiller(batch.images).pyramids)
     ids = None if batches[0].ids is None else [batch.ids for batch in batches]
-    return generators, distiller.cache_gradients(pyramids, [teacher.pyramids for teacher in teachers], ids)
+    return rngs, distiller.cache_gradients(pyramids, [teacher.pyramids for teacher in teachers], ids)
 
 
 def _step(state: TrainingState, settings: FitSettings) -> Tensor:
-    """Clip, step optimizer, schedule and average; the gradient norm before clipping."""
+    """Clip gradients, then step optimizer, scheduler and moving average. Returns the gradient norm before clipping."""
     distiller, progress = state.distiller, state.progress
     state.scaler.unscale_(state.optimizer)
     clip = math.inf if settings.clip_grad is None else settings.clip_grad
@@ -89,25 +91,25 @@ def _step(state: TrainingState, settings: FitSettings) -> Tensor:
     return grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
 
-def _same_draws(device: torch.device) -> AbstractContextManager:
-    """A context, entered later, in which torch draws what it draws from now on."""
+def _replay_rng(device: torch.device) -> AbstractContextManager:
+    """Context manager that replays the RNG state captured now."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
     states = [generator.get_state() for generator in generators]
 
     @contextmanager
-    def draws() -> Iterator[None]:
+    def replay() -> Iterator[None]:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         yield
 
-    return draws()
+    return replay()
 
 
 @contextmanager
-def _uncounted(model: nn.Module) -> Iterator[None]:
-    """Leave the running statistics of BatchNorm as they are; it normalises by those of the batch all the same."""
+def _frozen_bn_stats(model: nn.Module) -> Iterator[None]:
+    """Do not update BatchNorm's running statistics; it still normalises by the statistics of the batch."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

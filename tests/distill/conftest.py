@@ -1,7 +1,11 @@
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples/cifar10"))  # scripts, whose modules import each other
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,7 @@ from toy_runs import CLASSES, make_distiller
 
 from lfcc_kernels import files
 from lfcc_kernels.distill import TeacherOutputs
-from lfcc_kernels.distill.cache import CacheError, Manifest, TeacherCache
-from lfcc_kernels.distill.cache_writer import CacheWriter, prepare
+from lfcc_kernels.distill.teacher_cache import CacheError, CacheWriter, Manifest, TeacherCache, prepare
 
 IMAGES = 11  # in parts of 4: two whole ones and a short one
 DISTILLER = make_distiller()
@@ -96,10 +95,10 @@ def test_without_flips_and_without_pyramids(tmp_path: Path) -> None:
     kept = cache.outputs(torch.stack([cache.row(index, False) for index in range(IMAGES)]))
     assert kept.logits.shape == (IMAGES, CLASSES) and kept.pyramids is None
     assert np.load(tmp_path / "cache/part-00002.npy").shape == (3, 1, CLASSES)
-    with pytest.raises(CacheError, match="has no flipped images: make a cache with --hflip, or run with --hflip 0"):
+    with pytest.raises(CacheError, match="has no flipped images: create it with --hflip, or run with --hflip 0"):
         cache.row(0, flipped=True)
     for index in (-1, IMAGES):
-        with pytest.raises(IndexError, match=f"image {index} is not in .*cache, which has 11"):
+        with pytest.raises(IndexError, match=f"image {index} is out of range: the cache .*cache has 11 images"):
             cache.row(index, flipped=False)
 
 
@@ -161,17 +160,20 @@ def test_two_ranks_share_the_parts(tmp_path: Path, whole: Path) -> None:
     [
         (
             {"identity": {"teacher": {"model": "vgg11", "weights": "toy"}, "flips": True}},
-            "teacher model is vgg11, and te",
+            "teacher model is vgg11 in this run but te",
         ),
-        ({"identity": {"teacher": {"model": "test_resnet", "weights": "toy"}}}, "identity flips is None, and True in"),
-        ({"images": 12}, "images is 12, and 11 in the cache"),
-        ({"precision": "bfloat16"}, "precision is bfloat16, and float32 in the cache"),
-        ({"dtype": "float32"}, "dtype is float32, and float16 in the cache"),
+        (
+            {"identity": {"teacher": {"model": "test_resnet", "weights": "toy"}}},
+            "identity flips is None in this run but",
+        ),
+        ({"images": 12}, "images is 12 in this run but 11 in the cache"),
+        ({"precision": "bfloat16"}, "precision is bfloat16 in this run but float32 in the cache"),
+        ({"dtype": "float32"}, "dtype is float32 in this run but float16 in the cache"),
     ],
 )
 def test_another_cache_is_never_overwritten(copy: Path, changes: dict, message: str) -> None:
     before = contents(copy)
-    with pytest.raises(CacheError, match=f"there is another cache in .*copy: .*{message}.*; name another folder"):
+    with pytest.raises(CacheError, match=f"copy contains another cache: .*{message}.*. Choose another folder"):
         prepare(copy, replace(MANIFEST, **changes))
     assert contents(copy) == before
 
@@ -179,7 +181,7 @@ def test_another_cache_is_never_overwritten(copy: Path, changes: dict, message: 
 def test_neither_is_anything_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for place in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(FileExistsError, match="is not empty and no teacher cache: name another folder"):
+        with pytest.raises(FileExistsError, match="is not empty and not a teacher cache: choose another folder"):
             prepare(place, MANIFEST)
     assert contents(tmp_path) == {"thesis.tex": b"precious"}
 
@@ -200,7 +202,7 @@ def spoil_header(path: Path) -> None:
 def test_a_damaged_part_is_named_and_made_again(copy: Path, whole: Path, damage: Callable[[Path], None]) -> None:
     damage(copy / "part-00001.npy")
     with pytest.raises(
-        CacheError, match=r"1 of 3 parts .* missing or damaged, first part-00001\.npy: run its `lfcc ca"
+        CacheError, match=r"1 of 3 parts .* missing or damaged, first part-00001\.npy: run `lfcc cache` again"
     ):
         TeacherCache.open(copy)
     assert make(copy).views == 2 * 4
@@ -221,16 +223,16 @@ def test_a_damaged_manifest_is_named(copy: Path, damage: str) -> None:
             "binary": b"\xff\xfe",
         }[damage]
     )
-    with pytest.raises(CacheError, match=r"cache\.json is damaged .*: delete .*copy and make the cache again"):
+    with pytest.raises(CacheError, match=r"cache\.json is damaged .*: delete .*copy and create the cache again"):
         TeacherCache.open(copy)
 
 
 def test_no_cache_and_a_cache_of_another_format(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no teacher cache in nowhere: make it by `lfcc cache nowhere`"):
+    with pytest.raises(FileNotFoundError, match="no teacher cache in nowhere: create it with `lfcc cache nowhere"):
         TeacherCache.open("nowhere")
     path = copy / "cache.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CacheError, match="has cache format 2, expected 1: make the cache again"):
+    with pytest.raises(CacheError, match="has format 2, expected 1: create it again"):
         TeacherCache.open(copy)
 
 
@@ -243,7 +245,7 @@ def test_a_full_disk_leaves_the_finished_parts(tmp_path: Path, whole: Path, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"the disk of .*cache is full; the parts made so far stay: make room") as caught:
+    with pytest.raises(OSError, match=r"the disk of .*cache is full; finished parts are complete") as caught:
         make(folder)
     assert caught.value.errno == errno.ENOSPC
     assert contents(folder).keys() == {"cache.json", "part-00000.npy", "part-00001.npy"}
@@ -268,7 +270,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
     rows = 2 * IMAGES * (CLASSES + 5 * sum(DISTILLER.teacher.channels)) * 2
     free = [rows - 1]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free[0]))
-    with pytest.raises(OSError, match=r"needs .* kB more and its disk has .* kB: choose another disk"):
+    with pytest.raises(OSError, match=r"needs .* kB but its disk has .* kB free: use another disk"):
         prepare(tmp_path / "new/cache", MANIFEST)
     assert list(tmp_path.iterdir()) == []
     free[0] = 0
@@ -282,9 +284,9 @@ def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
         outputs = DISTILLER.teach(images)
         return outputs._replace(pyramids=[pyramid * factor for pyramid in outputs.pyramids])
 
-    with pytest.raises(CacheError, match=r"reach \S+e\+\d+, which float16 cannot hold: .* --cache-dtype float32"):
+    with pytest.raises(CacheError, match=r"reach \S+e\+\d+, which overflows float16: use --cache-dtype float32"):
         make(tmp_path / "half", teach=lambda images: teach(images, 1e7))
-    with pytest.raises(CacheError, match="outputs in float32 are not all finite: check its weights, or"):
+    with pytest.raises(CacheError, match="outputs are not finite in float32: check its weights, or"):
         make(tmp_path / "nan", teach=lambda images: teach(images, float("nan")))
     assert contents(tmp_path / "half").keys() == contents(tmp_path / "nan").keys() == {"cache.json"}
     make(tmp_path / "single", replace(MANIFEST, dtype="float32"), lambda images: teach(images, 1e7))

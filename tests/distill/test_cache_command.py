@@ -13,12 +13,11 @@ from timm.data import create_transform, resolve_data_config
 
 from lfcc_kernels.cli import main
 from lfcc_kernels.distill import build, read_csv
-from lfcc_kernels.distill.build import create_distiller, create_teacher, open_split
-from lfcc_kernels.distill.cache import CacheError, Manifest, TeacherCache
-from lfcc_kernels.distill.cache_identity import identity_of
+from lfcc_kernels.distill.build import create_distiller, create_teacher, identity_of, open_split
 from lfcc_kernels.distill.config import create_parser
 from lfcc_kernels.distill.data import ImageArrays
-from lfcc_kernels.distill.loader import EvaluationImages
+from lfcc_kernels.distill.data.evaluation import EvaluationImages
+from lfcc_kernels.distill.teacher_cache import CacheError, Manifest, TeacherCache
 
 OPTIONS = {
     "dataset": "digits",
@@ -102,14 +101,14 @@ def test_what_it_prints_and_that_it_does_nothing_twice(
     row = 2 * (10 + 5 * sum(TeacherCache.open(made).channels))
     assert main(["cache", str(made), "-c", str(run_file)]) == 0
     plan, end = capsys.readouterr().out.splitlines()
-    assert f"1348 images and their flips, {row / 1000:.4g} kB a row in float16, {2 * 1348 * row / 1e6:.4g} MB" in plan
-    assert "in all; 0 of 2 parts to make; " in plan and plan.endswith(" free")
-    assert "cache is complete; it gives " in end and "the teacher" not in end
+    assert f"1348 images and their flips, {row / 1000:.4g} kB per row in float16, {2 * 1348 * row / 1e6:.4g} MB" in plan
+    assert "in total; 0 of 2 parts to write; " in plan and plan.endswith(" free")
+    assert "cache is complete: reads " in end and "the teacher" not in end
     assert {path: path.stat().st_mtime_ns for path in made.glob("*.npy")} == files
     (made / "part-00001.npy").unlink()
     assert main(["cache", str(made), "-c", str(run_file)]) == 0
     plan, end = capsys.readouterr().out.splitlines()
-    assert "1 of 2 parts to make" in plan and " images/s to a process, the teacher on cpu " in end
+    assert "1 of 2 parts to write" in plan and " images/s per process, " in end and "x the teacher on cpu (" in end
     assert TeacherCache.open(made)
 
 
@@ -132,12 +131,18 @@ def test_logits_are_kept_whatever_they_weigh(run_file: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--teacher-checkpoint {tmp}/five.pt", "the teacher's head has 5 classes and digits has 10"),
-        ("--teacher-checkpoint nowhere.pt", "no teacher checkpoint at nowhere.pt"),
-        ("--kd-alpha 0 --lfcc-beta 0", "nothing to cache: --kd-alpha and --lfcc-beta are 0"),
-        ("--student-taps 0 5", "the student has 2 taps and the teacher 3"),
-        ("--cache-dtype float32", "there is another cache in {made}: dtype is float32, and float16 in the cache"),
-        ("--teacher-taps 2 3 4 --lfcc-scales 1", "identity pyramids taps is [2, 3, 4], and [1, 2, 3] in the cache"),
+        ("--teacher-checkpoint {tmp}/five.pt", "the teacher has 5 classes but digits has 10"),
+        ("--teacher-checkpoint nowhere.pt", "--teacher-checkpoint nowhere.pt does not exist"),
+        ("--kd-alpha 0 --lfcc-beta 0", "--kd-alpha and --lfcc-beta are 0, so there is nothing to cache"),
+        ("--student-taps 0 5", "the student has 2 taps but the teacher has 3"),
+        (
+            "--cache-dtype float32",
+            "{made} contains another cache: dtype is float32 in this run but float16 in the cache",
+        ),
+        (
+            "--teacher-taps 2 3 4 --lfcc-scales 1",
+            "identity pyramids taps is [2, 3, 4] in this run but [1, 2, 3] in the cache",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_touches_nothing(
@@ -154,12 +159,12 @@ def test_a_mistake_ends_in_one_line_and_touches_nothing(
 
 def test_what_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["cache", str(tmp_path / "cache")]) == 1
-    assert "no student, whose preprocessing the teacher's images have" in capsys.readouterr().err
+    assert "--student is required: it defines the preprocessing" in capsys.readouterr().err
     for words in ([], ["--student", "test_vit", str(tmp_path)]):
         with pytest.raises(SystemExit) as end:
             main(["cache", *words])
         assert end.value.code == 2
-        assert "lfcc cache: error: the first word must be the folder for the cache" in capsys.readouterr().err
+        assert "lfcc cache: error: the first argument must be DIR, the folder of the cache" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         main(["cache", "--help"])
     assert end.value.code == 0 and "lfcc cache DIR" in capsys.readouterr().out
@@ -189,15 +194,18 @@ def cache_of(made_with: dict) -> TeacherCache:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--teacher test_vit", "teacher model is test_vit, and test_resnet in the cache"),
-        ("--teacher-checkpoint {other}", r"teacher weights is [0-9a-f]{{64}}, and [0-9a-f]{{64}} in the cache"),
-        ("--teacher-kwargs drop_rate=0.1", "teacher kwargs drop rate is 0.1, and None in the cache"),
-        ("--teacher-img-size 64", "teacher image size is 64, and 32 in the cache"),
-        ("--teacher-taps 1 2 4", r"pyramids taps is \[1, 2, 4\], and \[1, 2, 3\] in the cache"),
-        ("--lfcc-scales 1 2 4", r"pyramids scales is \[1, 2, 4\], and \[1, 2\] in the cache"),
-        ("--lfcc-teacher-filter dct", "pyramids filter is dct, and average in the cache"),
-        ("--dataset cifar10", "data set is cifar10, and folder in the cache"),
-        ("--train-split small", "data split is small, and None in the cache"),
+        ("--teacher test_vit", "teacher model is test_vit in this run but test_resnet in the cache"),
+        (
+            "--teacher-checkpoint {other}",
+            r"teacher weights is [0-9a-f]{{64}} in this run but [0-9a-f]{{64}} in the cache",
+        ),
+        ("--teacher-kwargs drop_rate=0.1", "teacher kwargs drop rate is 0.1 in this run but None in the cache"),
+        ("--teacher-img-size 64", "teacher image size is 64 in this run but 32 in the cache"),
+        ("--teacher-taps 1 2 4", r"pyramids taps is \[1, 2, 4\] in this run but \[1, 2, 3\] in the cache"),
+        ("--lfcc-scales 1 2 4", r"pyramids scales is \[1, 2, 4\] in this run but \[1, 2\] in the cache"),
+        ("--lfcc-teacher-filter dct", "pyramids filter is dct in this run but average in the cache"),
+        ("--dataset cifar10", "data set is cifar10 in this run but folder in the cache"),
+        ("--train-split small", "data split is small in this run but None in the cache"),
     ],
 )
 def test_other_options_are_refused_and_named(teacher: Path, tmp_path: Path, options: str, message: str) -> None:
@@ -205,20 +213,31 @@ def test_other_options_are_refused_and_named(teacher: Path, tmp_path: Path, opti
     other.write_bytes(teacher.read_bytes()[:-1] + b"\1")
     cache = cache_of(identity(base))
     cache.require(identity(base))
-    with pytest.raises(CacheError, match=f"the cache there is not for this run: {message.format()}; change the run's"):
+    with pytest.raises(
+        CacheError, match=f"the cache there does not match this run: {message.format()}. Change the options"
+    ):
         cache.require(identity(f"{base} {options.format(other=other)}"))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data_config": {"input_size": (3, 64, 64)}}, "teacher image size is 64, and 32 in the cache"),
-        ({"data_config": {"interpolation": "bilinear"}}, "preprocessing interpolation is bilinear, and bicubic in"),
-        ({"data_config": {"mean": (0.5, 0.5, 0.4)}}, r"preprocessing mean is \[0.5, 0.5, 0.4\], and \[0.5, 0.5, 0.5\]"),
+        ({"data_config": {"input_size": (3, 64, 64)}}, "teacher image size is 64 in this run but 32 in the cache"),
+        (
+            {"data_config": {"interpolation": "bilinear"}},
+            "preprocessing interpolation is bilinear in this run but bicubic in",
+        ),
+        (
+            {"data_config": {"mean": (0.5, 0.5, 0.4)}},
+            r"preprocessing mean is \[0.5, 0.5, 0.4\] in this run but \[0.5, 0.5, 0.5\]",
+        ),
         ({"data_config": {"std": (0.5, 0.5, 0.4)}}, "preprocessing std is"),
-        ({"data_config": {"crop_pct": 1.0}}, "preprocessing crop pct is 1.0, and 0.95 in the cache"),
-        ({"data_config": {"crop_mode": "border"}}, "preprocessing crop mode is border, and center in the cache"),
-        ({"pixels": PIXELS[:5], "labels": LABELS[:5]}, "data images is 5, and 6 in the cache"),
+        ({"data_config": {"crop_pct": 1.0}}, "preprocessing crop pct is 1.0 in this run but 0.95 in the cache"),
+        (
+            {"data_config": {"crop_mode": "border"}},
+            "preprocessing crop mode is border in this run but center in the cache",
+        ),
+        ({"pixels": PIXELS[:5], "labels": LABELS[:5]}, "data images is 5 in this run but 6 in the cache"),
         ({"pixels": PIXELS[::-1]}, "data fingerprint is"),
         ({"pixels": PIXELS ^ (np.arange(8) == 5).astype(np.uint8)}, "data fingerprint is"),
     ],
@@ -249,7 +268,7 @@ def test_what_a_run_may_change(teacher: Path, tmp_path: Path, options: str) -> N
 @pytest.mark.parametrize(("lacking", "message"), [("--hflip 0", "flips is True"), ("--lfcc-beta 0", "pyramids is {")])
 def test_what_a_cache_may_lack(teacher: Path, lacking: str, message: str) -> None:
     base = WORDS.format(teacher=teacher)
-    with pytest.raises(CacheError, match=f"{message}.*, and None in the cache"):
+    with pytest.raises(CacheError, match=f"{message}.* in this run but None in the cache"):
         cache_of(identity(f"{base} {lacking}")).require(identity(base))
 
 
@@ -259,5 +278,5 @@ def test_pretrained_weights_are_known_by_their_name() -> None:
     cache_of(identity(words)).require(identity(words))
     with pytest.raises(ValueError, match=r"--teacher test_resnet\.nobody: Invalid pretrained tag"):
         identity(f"{words}.nobody")
-    with pytest.raises(CacheError, match="teacher model is resnet_of_nobody, and test_resnet in the cache"):
+    with pytest.raises(CacheError, match="teacher model is resnet_of_nobody in this run but test_resnet in the cache"):
         cache_of(identity(words)).require(identity("--teacher resnet_of_nobody"))

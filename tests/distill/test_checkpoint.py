@@ -70,20 +70,20 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
                 "text": b"not a checkpoint",
             }[damage]
         )
-    what = "is no checkpoint of a training run" if damage == "other" else "is damaged or no checkpoint of PyTorch"
+    what = "is not a checkpoint of a training run" if damage == "other" else "is damaged or not a PyTorch checkpoint"
     with pytest.raises(CheckpointError, match=f"last.pt {what}"):
         load_checkpoint(path)
 
 
 def test_a_checkpoint_that_does_not_fit() -> None:
     here = create_training_state(make_distiller(), 4, FitSettings())
-    with pytest.raises(CheckpointError, match="differ in having state_dict_ema"):
+    with pytest.raises(CheckpointError, match="has state_dict_ema state but this run does not use a moving"):
         here.load_state_dict(state(model_ema=True))
-    with pytest.raises(CheckpointError, match="differ in having loss"):
+    with pytest.raises(CheckpointError, match="the checkpoint has loss state but this run does not use the LFCC loss"):
         create_training_state(make_distiller(beta=0), 4, FitSettings()).load_state_dict(state())
     wider = state()
     wider["state_dict"]["head.weight"] = torch.zeros(9, 64)
-    with pytest.raises(CheckpointError, match=r"model of the checkpoint does not fit this run: .*head\.weight"):
+    with pytest.raises(CheckpointError, match=r"model state of the checkpoint does not match this run: .*head\.weight"):
         here.load_state_dict(wider)
 
 

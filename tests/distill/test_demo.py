@@ -1,22 +1,23 @@
+"""The examples in examples/cifar10, on small synthetic images."""
+
 import re
 import sys
 from pathlib import Path
 
+import few_labels
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import two_processes
+from experiment import ARMS, Experiment, Setting, compare
+from images import UNLABELLED, Images, TrainingBatches
+from teacher import fit_linear_head, load_efficientnet_lite0
 
 import lfcc_kernels as lk
-from lfcc_kernels.distill import TeacherOutputs
+from lfcc_kernels.distill import RunFolder, TeacherOutputs, read_csv
 from lfcc_kernels.distill.data import ImageArrays
-from lfcc_kernels.distill.demo import __main__ as demo
-from lfcc_kernels.distill.demo import ranks as demo_ranks
-from lfcc_kernels.distill.demo.experiment import ARMS, Experiment, Setting, compare
-from lfcc_kernels.distill.demo.images import UNLABELLED, Images, TrainingBatches
-from lfcc_kernels.distill.demo.teacher import fit_linear_head, load_efficientnet_lite0
-from lfcc_kernels.distill.run_folder import RunFolder, read_csv
 
 SETTING = Setting(
     labelled=20, pool=40, watched=8, epochs=2, updates=3, batch_size=8, teacher_image_size=64, scales=(1, 2)
@@ -39,7 +40,7 @@ def random_teacher() -> torch.nn.Module:
 
 def test_whole_demonstration(tmp_path, capsys):
     teacher = random_teacher()
-    page = demo.demonstrate(brightness(60, 0), brightness(30, 1), teacher, tmp_path / "out", SETTING)
+    page = few_labels.demonstrate(brightness(60, 0), brightness(30, 1), teacher, tmp_path / "out", SETTING)
     printed = capsys.readouterr().out
     table = printed[printed.index("test accuracy") :]
     for arm in ARMS:
@@ -47,8 +48,8 @@ def test_whole_demonstration(tmp_path, capsys):
         assert [row["step"] for row in read_csv(tmp_path / "out" / arm.folder / "summary.csv")] == [3, 6]
     assert re.search(r"^teacher \(8 test images\) +\d+", table, re.MULTILINE)
     assert f"backend '{'cpu' if 'cpu' in lk.available_backends() else 'eager'}'" in printed
-    assert "teacher looks at 40 photographs: 100%" in printed
-    assert "One seed" in printed
+    assert "teacher outputs for 40 images: 100%" in printed
+    assert "This is one seed" in printed
     assert str(page) in printed
     assert not any(module.training for module in teacher.modules())
     for name in ("accuracy", "terms", "predictions", "pyramids", "similarities"):
@@ -63,7 +64,7 @@ def test_whole_demonstration(tmp_path, capsys):
 
 def test_eager_is_never_silent():
     with lk.use_backend("eager"):
-        assert "plain PyTorch (backend 'eager'), not by the compiled kernels" in demo.backend()
+        assert "plain PyTorch (backend 'eager'), not on compiled kernels" in few_labels.backend()
 
 
 def test_the_split_hides_labels_and_the_teacher_is_cached_in_order(tmp_path):
@@ -76,8 +77,8 @@ def test_the_split_hides_labels_and_the_teacher_is_cached_in_order(tmp_path):
     some = experiment.pool.select(torch.tensor([3, 31]))
     with torch.no_grad():
         logits, _ = experiment.teacher(next(some.batches(2)))
-    torch.testing.assert_close(experiment.taught.logits[[3, 31]], logits, rtol=1e-4, atol=1e-4)
-    assert [stage.shape[:2] for stage in experiment.taught.pyramids] == [(40, 5)] * 4
+    torch.testing.assert_close(experiment.teacher_outputs.logits[[3, 31]], logits, rtol=1e-4, atol=1e-4)
+    assert [stage.shape[:2] for stage in experiment.teacher_outputs.pyramids] == [(40, 5)] * 4
 
 
 def test_batches_visit_all_before_any_twice_and_depend_on_the_seed_alone():
@@ -134,15 +135,15 @@ def test_pretrained_weights_fit_the_model():
 
 
 def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
-    assert demo.main(["--output", str(tmp_path)]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert few_labels.main(["--output", str(tmp_path)]) == 1
+    assert "already exists: choose a new folder" in capsys.readouterr().err
 
     def no_network(folder):
-        raise ConnectionError("CIFAR-10 could not be fetched")
+        raise ConnectionError("cannot download CIFAR-10")
 
-    monkeypatch.setattr(demo, "fetch_cifar10", no_network)
-    assert demo.main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == "demo: error: CIFAR-10 could not be fetched\n"
+    monkeypatch.setattr(few_labels, "fetch_cifar10", no_network)
+    assert few_labels.main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "few_labels: error: cannot download CIFAR-10\n"
 
 
 @pytest.mark.parametrize(("factor", "together"), [(1 + 1e-6, True), (1.02, False)])
@@ -155,7 +156,7 @@ def test_curves_that_part_are_told(
                 log.step({"step": step, "loss": scale * 5 / step, "ce": 1.0})
             last = {"top1": 1.0, "best_top1": 1.0, "seconds": 1.0, "images_per_second": 9.0, "loss_share": 0.1}
             log.epoch({"epoch": 1, "step": 2, **last})
-    assert demo_ranks.compare(tmp_path) is together
+    assert two_processes.compare(tmp_path) is together
     output = capsys.readouterr().out
-    assert f"{'lies on' if together else 'parts from'} that of one: over 2 updates" in output
+    assert f"processes {'agree' if together else 'differ'}: the largest relative difference in 2 updates" in output
     assert "2.500000" in output and (tmp_path / "report.html").is_file()

@@ -13,9 +13,9 @@ from timm.data import create_transform
 from torch import nn
 
 from lfcc_kernels.distill.data import ImageArrays, open_dataset
-from lfcc_kernels.distill.loader import evaluation_loader, top1
-from lfcc_kernels.distill.ranks import rank, world_size
-from lfcc_kernels.distill.sampling import LoaderError
+from lfcc_kernels.distill.data.evaluation import evaluation_loader, top1
+from lfcc_kernels.distill.data.readers import LoaderError
+from lfcc_kernels.distill.distributed import rank, world_size
 from tests.gloo import in_ranks
 
 NUMBER = 11

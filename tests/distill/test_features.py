@@ -75,13 +75,13 @@ def test_hooks_serve_a_model_that_is_not_of_timm() -> None:
             model.patches(images), model.block.weight[..., None, None], model.block.bias
         )
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"13 tokens, which is not 0 prefix tokens and a grid"):
+    with pytest.raises(ValueError, match=r"13 tokens, expected 0 prefix tokens and a grid"):
         create_extractor(model, ["block"], image_size=(16, 48))
-    with pytest.raises(ValueError, match="give grid="):
+    with pytest.raises(ValueError, match="set grid="):
         create_extractor(model, ["block"], image_size=(16, 48), prefix_tokens=1, grid=(3, 3))
     with pytest.raises(ValueError, match=r"'head' returns \(1, 2\)"):
         create_extractor(model, ["head"], image_size=(16, 48))
-    with pytest.raises(ValueError, match="has no forward_intermediates: name its modules"):
+    with pytest.raises(ValueError, match="has no forward_intermediates: use module names"):
         create_extractor(model)
 
 
@@ -137,12 +137,12 @@ def test_probing_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("taps", "message"),
     [
-        ([5], "ResNet has taps 0 to 4, got 5"),
-        ([-1], "ResNet has taps 0 to 4, got -1"),
-        ([1, 1], "named once"),
-        ([1, "layer2"], "all indices or all module names"),
+        ([5], "ResNet has no tap 5, expected 0 to 4"),
+        ([-1], "ResNet has no tap -1, expected 0 to 4"),
+        ([1, 1], "expected each tap once"),
+        ([1, "layer2"], "expected only indices or only module names"),
         (["layer9"], "has no module 'layer9'"),
-        (["fc"], r"'fc' returns \(1, 5\); expected maps"),
+        (["fc"], r"'fc' returns \(1, 5\), expected maps"),
     ],
 )
 def test_taps_that_cannot_be(taps: list, message: str) -> None:

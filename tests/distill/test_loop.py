@@ -12,7 +12,7 @@ from toy_runs import SETTINGS, ToyBatches, make_distiller, no_evaluation, run
 
 from lfcc_kernels.distill import Batch, Distiller, RunFolder, fit, load_checkpoint, read_csv
 from lfcc_kernels.distill.loop import create_training_state
-from lfcc_kernels.distill.metrics import PARTS, StepTimer
+from lfcc_kernels.distill.metrics import PHASES, StepTimer
 from lfcc_kernels.distill.update import update
 
 
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
             for images, labels, *_ in super().epoch(epoch, first):
                 yield Batch(images * (math.nan if epoch == 1 else 1), labels)
 
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at update 5; the last checkpoint is from before"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at update 5; the last checkpoint is older"):
         run(tmp_path, Diverging(), log_interval=1)
     saved = load_checkpoint(tmp_path / "checkpoints/last.pt")
     assert saved["progress"]["step"] == 4
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_text("precious")
-    with pytest.raises(FileExistsError, match="is not empty: name another --experiment"):
+    with pytest.raises(FileExistsError, match="is not empty: choose another --experiment"):
         run(tmp_path, ToyBatches())
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
@@ -206,13 +206,13 @@ def test_the_timer_tells_the_parts_of_a_step_apart(monkeypatch: pytest.MonkeyPat
     teacher = distiller.teach(batch.images)
     distiller.student, kl_div = Slowed(distiller.student, 0.05, 0.1), F.kl_div
     monkeypatch.setattr(F, "kl_div", lambda *args, **options: Slow.apply(kl_div(*args, **options), 0.15, 0.2))
-    distiller.clock = timer.lap
+    distiller.on_phase = timer.mark
     timer.restart()
     loss = distiller(batch.images, batch.labels, teacher)["loss"]
-    timer.lap("loss")
+    timer.mark("loss")
     loss.backward()
-    timer.lap("backward")
-    seconds = dict.fromkeys(PARTS, 0.0) | {"student": 0.05, "loss": 0.35, "backward": 0.1}
+    timer.mark("backward")
+    seconds = dict.fromkeys(PHASES, 0.0) | {"student": 0.05, "loss": 0.35, "backward": 0.1}
     assert timer.read() == pytest.approx(seconds, abs=0.05)
 
 

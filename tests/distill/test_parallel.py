@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from toy_runs import SETTINGS, Interrupted, InterruptedBatches, ToyBatches, make_distiller, no_evaluation
 
 from lfcc_kernels.distill import Batch, CheckpointError, RunFolder, fit, load_checkpoint, read_csv
+from lfcc_kernels.distill.distributed import _blocks, parallelize
 from lfcc_kernels.distill.loop import create_training_state
-from lfcc_kernels.distill.parallel import _blocks, parallelize
 from lfcc_kernels.distill.update import update
 
 RANKS = 2
@@ -187,13 +187,13 @@ def test_the_log_is_of_all_ranks(ranks: list[dict], folder: Path) -> None:
 
 def test_on_other_numbers_of_processes_a_run_does_not_go_on(ranks: list[dict], folder: Path) -> None:
     state = create_training_state(make_distiller(), 4, SETTINGS)
-    with pytest.raises(CheckpointError, match="started on 2 processes and is resumed on 1"):
+    with pytest.raises(CheckpointError, match="is from 2 processes but this run has 1"):
         state.load_state_dict(load_checkpoint(folder / "DDP/straight/checkpoints/last.pt"))
 
 
 def test_one_process_has_nothing_to_shard() -> None:
-    with pytest.raises(ValueError, match="there is one process, so --fsdp has nothing to shard over"):
-        parallelize(make_distiller(), None, shard=True, compiled=False)
+    with pytest.raises(ValueError, match="--fsdp needs several processes to shard over, but there is one"):
+        parallelize(nn.Linear(1, 1), nn.Linear(1, 1), None, shard=True, compiled=False)
 
 
 @pytest.mark.parametrize(

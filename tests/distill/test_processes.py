@@ -91,7 +91,7 @@ def test_told_to_end_a_run_saves_and_says_so(folder: Path, ranks: int) -> None:
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [143] * ranks
     step = load_checkpoint(last)["progress"]["step"]
-    assert messages[0] == f"terminated after update {step}, saved in {last}: go on with --resume\n"
+    assert messages[0] == f"terminated after update {step}, saved {last}: continue with --resume\n"
     assert not any(messages[1:])
     assert read_csv(last.parents[1] / "steps.csv")[-1]["step"] == step
 
@@ -103,7 +103,7 @@ def test_a_lost_rank_ends_the_others_in_one_line(folder: Path) -> None:
     processes[1].kill()
     message = processes[0].communicate(timeout=120)[1]
     assert processes[0].returncode == 1 and message.count("\n") == 1
-    assert message.startswith("lfcc: error: rank 0: another process has ended or does not answer")
+    assert message.startswith("lfcc: error: rank 0: a peer process died or timed out")
     processes[1].communicate()
     assert load_checkpoint(last)["progress"]["step"] > 0
 
@@ -117,8 +117,8 @@ def test_a_full_disk_ends_a_run_in_one_line(folder: Path) -> None:
     (process,) = start(run(folder, "--epochs 9 -b 32 --experiment full"), preexec_fn=limit)
     message = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and message.count("\n") == 1
-    assert message.startswith(f"lfcc: error: {last} could not be written (")
-    assert "make room and go on with --resume" in message
+    assert message.startswith(f"lfcc: error: cannot write {last} (")
+    assert "the previous checkpoint is intact: free space, then --resume" in message
     assert list(last.parent.iterdir()) == []
 
 
@@ -130,7 +130,7 @@ def test_what_was_saved_survives_a_full_disk(folder: Path, tmp_path: Path, monke
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        with pytest.raises(OSError, match=r"last\.pt could not be written .*; what is in its folder is whole"):
+        with pytest.raises(OSError, match=r"cannot write .*last\.pt .*; the previous checkpoint is intact"):
             save_checkpoint(path, {"x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from lfcc_kernels.distill import readers
-from lfcc_kernels.distill.data import fingerprint, open_dataset
+from lfcc_kernels.distill.data import fingerprint, open_dataset, readers
 
 
 def png(value: int, size: int = 8) -> bytes:
@@ -63,7 +62,7 @@ def test_bad_tar_files_are_one_line(tmp_path: Path) -> None:
     write_tar(tmp_path / "train.tar", {"readme.txt": b"nothing"})
     (tmp_path / "val.tar").write_bytes(b"nothing" * 100)
     for split in ("train", "val"):
-        with pytest.raises(ValueError, match=rf"{split}\.tar is damaged, or has no images in it") as caught:
+        with pytest.raises(ValueError, match=rf"{split}\.tar is damaged or contains no images") as caught:
             open_dataset("tar", tmp_path, split)
         assert "\n" not in str(caught.value)
 
@@ -105,7 +104,7 @@ def test_torchvision(cifar100: tuple[np.ndarray, list[int]], tmp_path: Path) -> 
 
 def test_missing_cifar100_says_how_to_get_it(tmp_path: Path) -> None:
     fetch = rf"create_dataset\('torch/cifar100', '{tmp_path}', 'train', download=True\)"
-    with pytest.raises(FileNotFoundError, match=f"no torch/cifar100 in {tmp_path}, or it is damaged; .*{fetch}"):
+    with pytest.raises(FileNotFoundError, match=f"torch/cifar100 is missing or damaged in {tmp_path}: .*{fetch}"):
         open_dataset("torch/cifar100", tmp_path, "train")
     with pytest.raises(ValueError, match="torch/cifar1000 cannot be opened: Unknown torchvision dataset"):
         open_dataset("torch/cifar1000", tmp_path, "train")
@@ -134,7 +133,7 @@ def test_hugging_face(tmp_path: Path) -> None:
     dataset = open_hugging_face(tmp_path / "named")
     assert dataset.classes == ["a", "b", "c"] and contents(dataset) == [(4, 1), (5, 2), (6, 0)]
     write_hugging_face(tmp_path / "numbered", [4, 5, 6], classes=False)
-    with pytest.raises(ValueError, match=r"numbered has no names of classes: .* --num-classes"):
+    with pytest.raises(ValueError, match=r"numbered has no class names: .* --num-classes"):
         open_hugging_face(tmp_path / "numbered")
     assert open_hugging_face(tmp_path / "numbered", num_classes=3).classes == ["0", "1", "2"]
 
@@ -153,7 +152,7 @@ def test_bad_hugging_face_is_one_line(tmp_path: Path) -> None:
         open_dataset(f"hfds/{tmp_path}/data", tmp_path / "cache", "val", input_key="picture")
     assert "\n" not in str(caught.value)
     for key, column in ((None, "image"), ("picture", "picture")):
-        with pytest.raises(ValueError, match=f"no images in a column '{column}' beside labels in 'label': name the"):
+        with pytest.raises(ValueError, match=f"no images in column '{column}' with labels in column 'label': set"):
             open_dataset(f"hfds/{tmp_path}/data", tmp_path / "cache", "train", input_key=key)
 
 

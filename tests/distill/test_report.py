@@ -73,7 +73,7 @@ def test_folder_without_a_finished_epoch_is_one_line(summary, tmp_path):
     (tmp_path / "run").mkdir()
     if summary is not None:
         (tmp_path / "run" / "summary.csv").write_text(summary)
-    with pytest.raises(FileNotFoundError, match=r"run is no folder of a run: .*summary\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"run is not a run folder with a finished epoch: summary\.csv"):
         write_report([tmp_path / "run"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ from timm.data import create_transform
 from toy_runs import Interrupted, InterruptedBatches, ToyBatches, run
 
 from lfcc_kernels.distill import load_checkpoint, read_csv
-from lfcc_kernels.distill.loader import TrainBatches
+from lfcc_kernels.distill.data.loader import TrainBatches
 
 
 def augmented_images() -> TrainBatches:
@@ -65,9 +65,9 @@ def test_resume_wants_the_same_batches(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(tmp_path, InterruptedBatches(ToyBatches(), 3))
     checkpoint = load_checkpoint(tmp_path / "checkpoints/last.pt")
-    with pytest.raises(ValueError, match="3 updates into an epoch that now has 2"):
+    with pytest.raises(ValueError, match="at update 3 of an epoch but this run has 2 updates per epoch"):
         run(tmp_path, ToyBatches(batches=2), checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="training set is smaller than the batch size"):
+    with pytest.raises(ValueError, match="training set is smaller than one update"):
         run(tmp_path / "none", ToyBatches(batches=0))
 
 

