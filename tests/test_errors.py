@@ -169,7 +169,11 @@ MODULES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "ids on one side": (
         lambda: lk.InfoNCELoss()(ROWS, ROWS, student_ids=torch.arange(4)), ValueError, ["without teacher_ids"],
     ),
-    "stages that differ": (lambda: lk.LFCCLoss([3, 4], [5]), ValueError, ["student_channels has 2 stages", "teacher_channels has 1", "same number"]),
+    "stages that differ": (
+        lambda: lk.LFCCLoss([3, 4], [5]),
+        ValueError,
+        ["student_channels has 2 stages", "teacher_channels has 1", "same number"],
+    ),
     "no stages": (lambda: lk.LFCCLoss([], []), ValueError, ["0 stages", "at least one"]),
     "teacher that learns": (
         lambda: lk.LFCCLoss([3], [5], teacher_filter="learnable"), ValueError,
@@ -178,7 +182,9 @@ MODULES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "unknown teacher filter": (
         lambda: lk.LFCCLoss([3], [5], teacher_filter="box"), ValueError, ["'box'", "average"],
     ),
-    "scales that are not ints": (lambda: lk.LFCCLoss([3], [5], scales=(0.5,)), ValueError, ["LFCCLoss: scales", "(0.5,)", "positive ints"]),
+    "scales that are not ints": (
+        lambda: lk.LFCCLoss([3], [5], scales=(0.5,)), ValueError, ["LFCCLoss: scales", "(0.5,)", "positive ints"],
+    ),
     "too few features": (
         lambda: lk.LFCCLoss(**STAGES)(STUDENT[:1], TEACHER), ValueError,
         ["student_features", "1 tensors", "list of 2"],
@@ -207,7 +213,9 @@ MODULES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: lk.LFCCLoss([3], [5])(STUDENT[:1], [randn(3, 5, 8, 8)]), ValueError, ["2", "3"],
     ),
     "features of two dimensions": (
-        lambda: lk.LFCCLoss([3], [5])([randn(2, 3)], TEACHER[:1]), ValueError, ["student_features[0]", "(2, 3)", "(B, C, H, W)"],
+        lambda: lk.LFCCLoss([3], [5])([randn(2, 3)], TEACHER[:1]),
+        ValueError,
+        ["student_features[0]", "(2, 3)", "(B, C, H, W)"],
     ),
     "features that are not tensors": (
         lambda: lk.LFCCLoss([3], [5])([STUDENT[0].cpu().numpy()], TEACHER[:1]), TypeError,

@@ -16,7 +16,8 @@ TITLE = "lfcc_kernels benchmark"
 def write_report(path: str | Path, output: str | Path) -> Path:
     """Write the report of the record in the JSON file `path` into the folder `output`; returns the path of report.html.
 
-    The folder also gets a copy of the record and of its tables as Markdown, the plots as PNG files and, if the record has the whole loss, `loss.svg`.
+    The folder also gets a copy of the record, its tables as Markdown, the plots as PNG files and, if the record has the
+    whole loss, `loss.svg`.
     Raises ValueError if the file is not a record or has no rows.
     """
     path, output = Path(path), Path(output)
