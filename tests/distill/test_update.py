@@ -175,6 +175,18 @@ def test_in_mixed_precision_too(amp_dtype: str) -> None:
     assert (found[name] - exact[name]).norm() < 0.05 * exact[name].norm()
 
 
+def test_gradients_in_float16_are_clipped_without_their_loss_scale() -> None:
+    distiller, batch, clip = distiller_of("test_vit"), batch_of(), 0.01
+    terms, exact = gradients(copy_of(distiller), [batch], clip_grad=clip)
+    assert terms["grad_norm"] > 10 * clip
+    scaled, found = gradients(distiller, [batch], clip_grad=clip, amp=True, amp_dtype="float16")  # a scale of 65536
+    assert scaled["grad_norm"] == pytest.approx(terms["grad_norm"].item(), rel=0.02)
+    steps = torch.cat([step.flatten() for step in found.values()])
+    expected = torch.cat([step.flatten() for step in exact.values()])
+    assert steps.norm().item() == pytest.approx(clip, rel=1e-3)
+    assert (steps - expected).norm() < 0.05 * clip
+
+
 def test_probabilities_as_labels() -> None:
     distiller, batch = distiller_of("test_vit"), batch_of()
     soft = batch._replace(labels=torch.rand(8, CLASSES).softmax(1))

@@ -184,7 +184,7 @@ def run_tests(fault: Fault) -> str:
     environment = os.environ | {"PYTHONPATH": f"{TREE}:{TREE / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
     if fault.in_compiled_library:  # without a compiler there is no emulator, which would recompile for any header
         environment["CXX"] = "none"
-    options = ["-x", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not gpu"]
+    options = ["-x", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
     command = [sys.executable, "-c", PYTEST, *options, *shlex.split(fault.tests)]
     try:
         ran = subprocess.run(command, cwd=TREE, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
