@@ -295,6 +295,16 @@ def test_images_further_apart_than_32_bits_count(kernels: str, channels_last: bo
     torch.testing.assert_close(lk.lowpass(x), torch_lowpass(images, (1, 2, 4)))
 
 
+@pytest.mark.parametrize("filters", ["average", "dense"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_nan_around_a_crop_changes_nothing(kernels: str, channels_last: bool, filters: str) -> None:
+    """Vectors may reach past the end of a row into memory that belongs to no pixel of the map."""
+    around = torch.full((2, 17, 17, 19), torch.nan)
+    crop = (_channels_last(around) if channels_last else around)[..., 2:16, 1:15]
+    crop.copy_(randn(2, 17, 14, 14))
+    check(crop, filters=dense_filters((1, 2, 4), 14, 14, crop.dtype) if filters == "dense" else (None, None))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_nan_and_inf_come_out_where_they_went_in(backend: str, bad: float, channels_last: bool) -> None:
