@@ -155,6 +155,15 @@ def test_nan_and_inf_come_out(
     assert not loss.isfinite()
 
 
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_nan_in_a_key_reaches_the_loss_of_every_row(backend: str, rows: int, learns: bool) -> None:
+    """The mean is NaN by the key's own row alone."""
+    student, teacher = randn(rows, 33, requires_grad=learns), randn(rows, 33)
+    teacher[rows - 2, 7] = torch.nan
+    assert lk.info_nce(student, teacher, reduction="none").isnan().all()
+
+
 # Weights of float16 are divided by the largest upstream gradient, in fused tiles and in chunks.
 @grid(
     size=[0.0, 1e-36],
