@@ -1,8 +1,7 @@
-"""The filter banks: each turns scales and a map's size into the matrices R_s and K_s of `lowpass`.
+"""Filter banks: modules that compute the matrices R_s and K_s of `lowpass` for a map size.
 
-A bank's forward takes (height, width) and returns (row_filters (sum of s, H), col_filters (sum of s, W)), or
-(None, None) for the average, which the kernels do without matrices. Banks hold no size, so one serves every
-resolution.
+`forward(height, width)` returns (row_filters (sum of s, H), col_filters (sum of s, W)), or (None, None) for the
+average, which the kernels compute without matrices. Banks do not depend on the map size.
 """
 
 import math
@@ -15,7 +14,7 @@ Filters = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Average(nn.Module):
-    """1/|w| on the adaptive window w = [floor(i n / s), ceil((i + 1) n / s)), as `adaptive_avg_pool2d`."""
+    """1/|w| on the adaptive window w = [floor(i n / s), ceil((i + 1) n / s)), as in `adaptive_avg_pool2d`."""
 
     def __init__(self, scales: tuple[int, ...]) -> None:
         super().__init__()
@@ -25,11 +24,10 @@ class Average(nn.Module):
 
 
 class Learnable(nn.Module):
-    """Softmax over the adaptive window of `TAPS` trainable logits a window and axis.
+    """Softmax over the adaptive window of `TAPS` trainable logits per window and axis.
 
-    The logits live on the window's normalised coordinate and are resampled linearly at the centres of its cells (as
-    `F.interpolate(mode="linear")`). They start at zero, which is the average; every row sums to one, so the filter
-    keeps unit gain at zero frequency and stays a low-pass.
+    The logits are resampled linearly (as by `F.interpolate(mode="linear")`) to the cells of the window. Zero logits,
+    the initial values, give the average. Every row sums to one, so the filter has unit gain at zero frequency.
     """
 
     TAPS = 8
@@ -44,17 +42,17 @@ class Learnable(nn.Module):
         return self._filters(self.row_logits, height), self._filters(self.col_logits, width)
 
     def _filters(self, logits: Tensor, size: int) -> Tensor:
-        size = len(range(size))  # a number where torch.compile traces a symbol, from a second map size on
+        size = len(range(size))  # an int also if torch.compile traces a symbol, which it does from a second map size on
         resample, outside = _resampling(self.scales, size, self.TAPS, logits.device)
-        # A product and a sum, not a matrix product: autocast would take that to bfloat16.
+        # A product and a sum, because autocast would compute a matrix product in bfloat16.
         at_cells = (resample.to(logits.dtype) * logits[:, None, :]).sum(2)
         return at_cells.masked_fill(outside, -torch.inf).softmax(1)
 
 
 class Gaussian(nn.Module):
-    """exp(-(h - c)^2 / (2 sigma^2)) about each cell's centre c, rows normalised to sum one.
+    """exp(-(h - c)^2 / (2 sigma^2)) around the centre c of each output cell; every row is normalised to sum to one.
 
-    sigma is exp(log_width) output cells, one trainable log_width a scale for both axes, half a cell at the start.
+    sigma is exp(log_width) output cells, with one trainable log_width per scale for both axes, initially half a cell.
     """
 
     def __init__(self, scales: tuple[int, ...]) -> None:
@@ -70,13 +68,13 @@ class Gaussian(nn.Module):
         rows = []
         for scale, width in zip(self.scales, self.log_width.exp(), strict=True):
             cells = torch.arange(scale, device=self.log_width.device)[:, None] + 0.5
-            distance = (centres * scale / size - cells) / width  # in output cells, so sigma means the same on any map
+            distance = (centres * scale / size - cells) / width  # in output cells
             rows.append((-0.5 * distance.square()).softmax(1))
         return torch.cat(rows)
 
 
 class DCT(nn.Module):
-    """The first s rows of the orthonormal DCT-II of the side's length, for every scale s."""
+    """The first s rows of the orthonormal DCT-II of each side, for every scale s."""
 
     def __init__(self, scales: tuple[int, ...]) -> None:
         super().__init__()
@@ -104,7 +102,7 @@ def window(index: int, scale: int, size: int) -> tuple[int, int]:
 
 @torch.compiler.assume_constant_result
 def _resampling(scales: tuple[int, ...], size: int, taps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Linear resampling of taps at a side's cells (S, size, taps), and the cells outside each window (S, size)."""
+    """Matrices (S, size, taps) of the linear resampling, and a mask (S, size) of the cells outside each window."""
     key = (scales, size, taps, device)
     if key not in _RESAMPLING:
         resample = torch.zeros(sum(scales), size, taps)

@@ -81,7 +81,6 @@ def train_with_accelerate() -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_ranks_of_accelerate_stay_together(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     one, other = in_ranks(2, tmp_path, train_with_accelerate)

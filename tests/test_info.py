@@ -1,4 +1,4 @@
-"""What `lfcc info` says, where everything is built and where things are missing."""
+"""`lfcc info`, with everything built and with parts missing."""
 
 import importlib.metadata
 import platform
@@ -42,7 +42,7 @@ def test_build_facts():
 @pytest.mark.skipif(native.host is None, reason="lfcc_kernels/_host is not built for this Python")
 @pytest.mark.parametrize(
     ("version", "architectures", "line"),
-    [("13.0", "sm_90 +PTX", "nvcc 13.0 for sm_90 +PTX"), ("", "", "none: a build with LFCC_BUILD_CUDA=1 ")],
+    [("13.0", "sm_90 +PTX", "nvcc 13.0 for sm_90 +PTX"), ("", "", "none: build with LFCC_BUILD_CUDA=1 ")],
 )
 def test_cuda_build_facts(monkeypatch, version, architectures, line):
     facts = native.host.build()
@@ -63,7 +63,7 @@ def test_kernels_missing(monkeypatch):
 def test_host_missing(monkeypatch):
     monkeypatch.setattr(native, "missing", "")
     monkeypatch.setattr(native, "host", None)
-    assert "_host is missing or of another Python" in info.report()
+    assert "_host is missing or for another Python" in info.report()
 
 
 def test_backend_of_the_environment(monkeypatch):

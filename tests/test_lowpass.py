@@ -102,7 +102,7 @@ def check(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
 ) -> Tensor:
-    """Compares the result and all gradients with the truth; returns the gradient of x."""
+    """Compares the result and all gradients with the reference; returns the gradient of x."""
     x = x.detach().requires_grad_()
     rows, cols = filters
     inputs = [x, rows, cols]
@@ -153,8 +153,8 @@ def test_shapes(
     check(x, scales, dense_filters(scales, *size[2:], dtype) if filters == "dense" else (None, None))
 
 
-# Kernels read in place whatever has a stride of 1 along channels or columns, and a copy of anything else; the dtype and
-# the filters matter after the strides have been read, so each has to meet every layout once.
+# Kernels read maps with a stride of 1 along channels or columns in place, and copies of all others. The dtype and the
+# filters matter only afterwards, so each has to meet every layout once.
 @grid(
     layout=LAYOUTS,
     dtype=[torch.float32, torch.bfloat16],
@@ -172,7 +172,7 @@ def test_layouts(kernels: str, layout: Callable[..., Tensor], dtype: torch.dtype
     assert torch.equal(x, before)
 
 
-# Tokens are a map that begins after the prefix: one path with maps from there on, so dtypes are those of two widths.
+# Tokens are a map that begins after the prefix and share its code path from there, so two widths of dtypes suffice.
 @grid(
     tokens=TOKENS,
     dtype=[torch.float32, torch.bfloat16],
@@ -287,7 +287,7 @@ def test_small_types_are_rounded_once_to_nearest(kernels: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_images_further_apart_than_32_bits_count(kernels: str, channels_last: bool) -> None:
-    """The memory between them is not touched, so the machine need not have it."""
+    """The memory between them is not accessed, so it is never committed."""
     images, apart = randn(2, 3, 8, 9).bfloat16(), 2**31 + 16
     memory = torch.empty(apart + 1000, dtype=torch.bfloat16)
     strides = (1, 27, 3) if channels_last else (72, 9, 1)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench.cases import Candidate, Case, WithConversion, served_by
+from lfcc_kernels.bench.cases import Candidate, Case, WithConversion, backend_of
 from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.record import BASELINE, Request, Row
 
@@ -64,7 +64,7 @@ class Benchmark:
 
     @property
     def lfcc(self) -> Entry:
-        return self.entries["ours"]
+        return self.entries["lfcc"]
 
     def run(self) -> None:
         """All rounds."""
@@ -139,9 +139,9 @@ class Benchmark:
         return [entry for entry in self.entries.values() if entry.status == "ok"]
 
     def _backend(self, candidate: str) -> str:
-        if candidate == "ours":
-            return served_by(self.case, self.request, self.machine)
-        return candidate.removeprefix("ours, ") if candidate.startswith("ours, ") else ""
+        if candidate == "lfcc":
+            return backend_of(self.case, self.request, self.machine)
+        return candidate.removeprefix("lfcc, ") if candidate.startswith("lfcc, ") else ""
 
     def _input_sets(self, first: Inputs) -> int:
         """Sets of inputs that together have twice the size of the last-level cache; 1 if a timing repeats calls."""

@@ -24,7 +24,7 @@ CLASSES = 3
 
 
 def make_distiller(seed: int = 0, **weights: float) -> Distiller:
-    """A ViT with dropout that learns from a CNN, both tiny and at 32 pixels."""
+    """A tiny ViT student with dropout and a tiny CNN teacher at 32 pixels."""
     torch.manual_seed(seed)
     student = create_extractor(
         timm.create_model("test_vit", num_classes=CLASSES, img_size=32, patch_size=8, proj_drop_rate=0.1),

@@ -1,8 +1,8 @@
 """The `Case` dataclass and what the suites share. Each suite lists its cases for a CPU and for a GPU.
 
-A candidate is a function of the case's inputs. Every case has "ours", which is lfcc, and "eager", which in float64 is
-the reference; "ours, NAME" is lfcc on another backend than the one that `auto` selects. The floor of a case is the sum
-over its steps of max(bytes / copy bandwidth, FLOPs / GEMM rate) for the least work of each step: every input and result
+A candidate is a function of the case's inputs. Every case has "lfcc" and "eager", which in float64 is the reference;
+"lfcc, NAME" is lfcc on another backend than the one that `auto` selects. The floor of a case is the sum over its steps
+of max(bytes / copy bandwidth, FLOPs / GEMM rate) for the least work of each step: every input and result
 moved once, and every product computed once that an algorithm without a B x B matrix needs.
 """
 

@@ -179,7 +179,7 @@ def _case(
         return student, teacher.requires_grad_(views == 2)
 
     candidates = {
-        "ours": info_nce,
+        "lfcc": info_nce,
         **upcast_on_cpu(machine, eager, dtype),
         **native_bfloat16(machine, eager, dtype),
         **upcast_on_cpu(machine, others, dtype),

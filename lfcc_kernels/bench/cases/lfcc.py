@@ -123,7 +123,7 @@ def _case(
         (batch, stages, len(SCALES)),
         mode,
         inputs,
-        {"ours": lfcc} | {name: partial(eager, loss) for name, loss in losses.items()},
+        {"lfcc": lfcc} | {name: partial(eager, loss) for name, loss in losses.items()},
         steps,
         formula,
         dtype=dtype,

@@ -91,7 +91,7 @@ def _map(
         others["kornia"] = partial(libraries.kornia, scales=SCALES)
         others["antialiased-cnns"] = partial(libraries.antialiased_cnns, scales=SCALES)
     lowpass: Candidate = partial(lk.lowpass, scales=SCALES)
-    candidates = {"ours": lowpass} | eager | _products(machine, product, dtype) | others
+    candidates = {"lfcc": lowpass} | eager | _products(machine, product, dtype) | others
 
     def inputs() -> tuple[Tensor, ...]:
         return (features(machine, shape, mode != "fwd", dtype, memory_format),)
@@ -122,7 +122,7 @@ def _tokens(
     def inputs() -> tuple[Tensor, ...]:
         return (features(machine, shape, mode != "fwd", dtype),)
 
-    candidates = {"ours": lowpass, "eager": eager} | _products(machine, {"one-GEMM": one_gemm}, dtype)
+    candidates = {"lfcc": lowpass, "eager": eager} | _products(machine, {"one-GEMM": one_gemm}, dtype)
     cost = _cost((shape[0], shape[2], *grid), mode, dtype.itemsize)
     return _case("tokens", shape, mode, dtype, inputs, candidates, cost)
 
@@ -145,7 +145,7 @@ def _learnable(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype) ->
         return peers.pool_one_gemm(x, peers.stacked_filters(row_filters, col_filters, SCALES))
 
     products = {"eager": partial(peers.filter_each_scale, scales=SCALES), "one-GEMM": one_gemm}
-    candidates = {"ours": lowpass} | _products(machine, products, dtype)
+    candidates = {"lfcc": lowpass} | _products(machine, products, dtype)
     cost = _cost(shape, mode, dtype.itemsize, backward_reads=True)
     return _case("learnable", shape, mode, dtype, inputs, candidates, cost)
 

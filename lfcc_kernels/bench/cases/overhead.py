@@ -19,9 +19,9 @@ def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
 def _both_ops(machine: Machine, mode: str, dtype: torch.dtype) -> tuple[Case, Case]:
     common = {"dtype": dtype, "calls": 20 if machine.tiny else 200, "quick": mode == "fwd"}
     map_shape, rows_shape = (2, 8, 8, 8), (2, 8)
-    lowpass = {"ours": partial(lk.lowpass, scales=SCALES), "eager": partial(peers.pool_each_scale, scales=SCALES)}
+    lowpass = {"lfcc": partial(lk.lowpass, scales=SCALES), "eager": partial(peers.pool_each_scale, scales=SCALES)}
     eager = upcast_on_cpu(machine, {"eager": partial(peers.contrast_dense, temperature=TEMPERATURE)}, dtype)
-    info_nce = {"ours": partial(lk.info_nce, temperature=TEMPERATURE), **eager}
+    info_nce = {"lfcc": partial(lk.info_nce, temperature=TEMPERATURE), **eager}
 
     def one_map() -> tuple[Tensor]:
         return (features(machine, map_shape, mode != "fwd", dtype),)

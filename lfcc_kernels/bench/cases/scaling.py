@@ -49,7 +49,7 @@ def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
 def _contrast(machine: Machine, dtype: torch.dtype, label: str, shape: tuple[int, int], **options) -> Case:
     shape = _narrow(machine, shape)
     calls = {
-        "ours": lk.info_nce,
+        "lfcc": lk.info_nce,
         "eager": peers.contrast_dense,
         "linear_cross_entropy": peers.contrast_linear_cross_entropy,
     }
@@ -84,7 +84,7 @@ def _lowpass(
         return (features(machine, whole, True, dtype),)
 
     lowpass, eager = partial(lk.lowpass, scales=scales), partial(peers.pool_each_scale, scales=scales)
-    candidates = {"ours": lowpass, "eager": eager, "one-GEMM": one_gemm}
+    candidates = {"lfcc": lowpass, "eager": eager, "one-GEMM": one_gemm}
     moved = 2 * (math.prod(whole) + math.prod(whole[:2]) * cells) * dtype.itemsize
     steps, formula = (Step(moved),), "2 X + 2 Y bytes"
     options |= {"dtype": dtype, "op": "lowpass", "size": math.prod(whole), "memory": True, "heaps": False}
@@ -107,7 +107,7 @@ def _across_ranks(machine: Machine, dtype: torch.dtype, number: int, shape: tupl
     shape = _narrow(machine, shape)
     make_rows = partial(rows, machine, shape, True, dtype)
     world = ranks.World(machine.device, number, make_rows)
-    losses = {"ours": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
+    losses = {"lfcc": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
     candidates = {name: world.candidate(partial(loss, temperature=TEMPERATURE)) for name, loss in losses.items()}
     options = {"dtype": dtype, "axis": "ranks", "x": number, "memory": True, "heaps": False, "close": world.close}
     label, shape = "info_nce-over-ranks", (number, *shape)

@@ -114,7 +114,7 @@ def _step(
         (batch, 3, side, side),
         "fwd+bwd",
         inputs,
-        {"ours": lfcc, "eager": eager},
+        {"lfcc": lfcc, "eager": eager},
         dtype=dtype,
         learner=learner,
         quick=quick,
