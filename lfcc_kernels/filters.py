@@ -1,14 +1,19 @@
-"""Filter banks: modules that compute the matrices R_s and K_s of `lowpass` for a map size.
+"""`LowPassPyramid` and its filter banks: modules that compute the matrices R_s and K_s of `lowpass` for a map size.
 
-`forward(height, width)` returns (row_filters (sum of s, H), col_filters (sum of s, W)), or (None, None) for the
-average, which the kernels compute without matrices. Banks do not depend on the map size.
+`forward(height, width)` of a bank returns (row_filters (sum of s, H), col_filters (sum of s, W)), or (None, None) for
+the average, which the kernels compute without matrices. Banks do not depend on the map size.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lfcc_kernels._checks import FeatureMap, check_fit, check_map, check_scales
+from lfcc_kernels.backends.dtypes import accumulator
+from lfcc_kernels.functional import lowpass_of_maps
 
 Filters = tuple[Tensor, Tensor] | tuple[None, None]
 
@@ -95,9 +100,49 @@ class DCT(nn.Module):
 BANKS = {"average": Average, "learnable": Learnable, "gaussian": Gaussian, "dct": DCT}
 
 
-def window(index: int, scale: int, size: int) -> tuple[int, int]:
-    """Bounds [start, stop) of the adaptive window of output cell `index`."""
-    return index * size // scale, -(-(index + 1) * size // scale)
+class LowPassPyramid(nn.Module):
+    """Low-pass a feature map at several scales with a filter bank.
+
+    Args:
+        scales: Sizes of the output grids, s x s each.
+        filter: "average" (adaptive windows), "learnable" (trainable weights within those windows, initialised to the
+            average), "gaussian" (trainable width) or "dct" (the first s x s coefficients of the DCT-II).
+
+    Raises:
+        TypeError: `scales` is not a sequence of ints.
+        ValueError: `scales` has no entry or one below 1, or `filter` is unknown.
+    """
+
+    def __init__(self, scales: Sequence[int] = (1, 2, 4), filter: str = "average") -> None:
+        super().__init__()
+        if filter not in BANKS:
+            raise ValueError(f"LowPassPyramid: filter is {filter!r}; expected one of {', '.join(BANKS)}")
+        self.scales = check_scales("LowPassPyramid", scales)
+        self.bank = BANKS[filter](self.scales)
+
+    def forward(self, x: Tensor, *, grid: tuple[int, int] | None = None, prefix_tokens: int = 0) -> Tensor:
+        """Low-pass one map.
+
+        Args:
+            x: Map (B, C, H, W) or tokens (B, N, C), as for `lowpass`.
+            grid: (H, W) of tokens, as for `lowpass`.
+            prefix_tokens: Number of class and register tokens, as for `lowpass`.
+
+        Returns:
+            Tensor (B, cells, C) in the dtype of `x`, with cells = sum of s * s.
+        """
+        feature_map = check_map("LowPassPyramid: x", x, grid, prefix_tokens)
+        check_fit(feature_map, self.scales)
+        filters = self.filters_of(feature_map)
+        return lowpass_of_maps([feature_map], self.scales, None if filters is None else [filters])[0]
+
+    def filters_of(self, feature_map: FeatureMap) -> tuple[Tensor, Tensor] | None:
+        """(row_filters, col_filters) of the bank for a map, as for `lowpass`; None for the average."""
+        row_filters, col_filters = self.bank(feature_map.height, feature_map.width)
+        if row_filters is None or col_filters is None:
+            return None
+        dtype = accumulator(feature_map.x.dtype)
+        return row_filters.to(dtype), col_filters.to(dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -108,7 +153,7 @@ def _resampling(scales: tuple[int, ...], size: int, taps: int, device: torch.dev
         resample = torch.zeros(sum(scales), size, taps)
         outside = torch.ones(sum(scales), size, dtype=torch.bool)
         for row, (index, scale) in enumerate((i, s) for s in scales for i in range(s)):
-            start, stop = window(index, scale, size)
+            start, stop = index * size // scale, -(-(index + 1) * size // scale)  # the adaptive window
             at_cells = F.interpolate(torch.eye(taps)[None], stop - start, mode="linear")[0]
             resample[row, start:stop] = at_cells.t()
             outside[row, start:stop] = False

@@ -45,10 +45,7 @@ def functions(
     }
     for direction in DIRECTIONS:
         cases[direction] = (contrast(direction), [*pair, temperature])
-        cases[f"{direction}, ids, none"] = (
-            contrast(direction, reduction="none", **ids),
-            [*pair, temperature],
-        )
+        cases[f"{direction}, ids, none"] = (contrast(direction, reduction="none", **ids), [*pair, temperature])
         cases[f"{direction}, rows as they are"] = (contrast(direction, normalize=False), [*pair, temperature])
     return {name: (f, [x.detach().requires_grad_() for x in inputs]) for name, (f, inputs) in cases.items()}
 

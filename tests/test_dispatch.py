@@ -1,6 +1,7 @@
 """Selection of a backend: context manager, environment, dispatch table, and machines without kernels."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import Tensor, randn
+from torch import randn
 
 import lfcc_kernels as lk
-from lfcc_kernels import info
 from lfcc_kernels.backends import cuda, native, triton
 from lfcc_kernels.ops import dispatch
 
@@ -44,11 +44,6 @@ def selected() -> str:
     return select(CPU, torch.float32)
 
 
-def test_auto_is_the_default() -> None:
-    assert selected() == FASTEST
-    assert lk.available_backends()[0] == "eager"
-
-
 def test_blocks_nest_and_end() -> None:
     with lk.use_backend("eager"):
         with lk.use_backend("auto"):
@@ -57,9 +52,6 @@ def test_blocks_nest_and_end() -> None:
                 assert selected() == "eager"
         assert selected() == "eager"
     assert selected() == FASTEST
-
-
-def test_a_block_ends_with_an_exception() -> None:
     with pytest.raises(KeyError), lk.use_backend("eager"):
         raise KeyError
     assert selected() == FASTEST
@@ -91,23 +83,16 @@ def test_backends_differ_in_what_they_run(kernels: str) -> None:
         assert "lfcc" not in lk.lowpass(x).grad_fn.name()
 
 
-def test_named_kernels_raise_for_other_devices(kernels: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{kernels}'.*meta.*use_backend\('auto'\)"):
-        lk.lowpass(randn(2, 3, 7, 7).to("meta"))
-
-
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "missing", "the library is not there; run pip install .")
     monkeypatch.setattr(triton, "missing", lambda: "no NVIDIA GPU")
     monkeypatch.setattr(cuda, "missing", lambda: "no CUDA kernels")
     assert lk.available_backends() == ("eager",)
     assert selected() == "eager" and select(CUDA, torch.float32) == "eager"
-    with pytest.raises(ValueError, match=r"'cpu' is not available \(the library .* pip install"):
-        lk.use_backend("cpu").__enter__()
-    with pytest.raises(ValueError, match=r"'triton' is not available \(no NVIDIA GPU\); available are auto, eager"):
-        lk.use_backend("triton").__enter__()
-    with pytest.raises(ValueError, match=r"'cuda' is not available \(no CUDA kernels\); available are auto, eager"):
-        lk.use_backend("cuda").__enter__()
+    reasons = {"cpu": "the library .* pip install .", "triton": "no NVIDIA GPU", "cuda": "no CUDA kernels"}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=rf"'{name}' is not available \({reason}\); available are auto, eager"):
+            lk.use_backend(name).__enter__()
 
 
 @pytest.fixture
@@ -121,34 +106,30 @@ def with_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
+    ("device", "dtypes", "expected", "without_triton"),
     [
-        (CPU, torch.float32, "cpu"),
-        (CPU, torch.float64, "cpu"),
-        (CPU, torch.bfloat16, "cpu"),
-        (CUDA, torch.float32, "triton"),
-        (CUDA, torch.bfloat16, "triton"),
-        (CUDA, torch.float16, "triton"),
-        (torch.device("cuda", 1), torch.float32, "triton"),
-        (CUDA, torch.float64, "eager"),
-        (META, torch.float32, "eager"),
+        (CPU, (torch.float32, torch.float64, torch.bfloat16), "cpu", "cpu"),
+        (CUDA, (torch.float32, torch.bfloat16, torch.float16), "triton", "cuda"),
+        (torch.device("cuda", 1), (torch.float32,), "triton", "cuda"),
+        (CUDA, (torch.float64,), "eager", "eager"),
+        (META, (torch.float32,), "eager", "eager"),
     ],
     ids=str,
 )
-def test_auto_selects_the_fastest(
-    with_all_kernels: None, device: torch.device, dtype: torch.dtype, expected: str
+def test_order_without_measurements(
+    with_all_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    expected: str,
+    without_triton: str,
 ) -> None:
     with lk.use_backend("auto"):
-        assert select(device, dtype) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_auto_selects_cuda_kernels_if_triton_is_missing(
-    with_all_kernels: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    monkeypatch.setattr(triton, "missing", lambda: "Triton is not installed")
-    with lk.use_backend("auto"):
-        assert select(CUDA, dtype) == ("eager" if dtype == torch.float64 else "cuda")
+        assert lk.available_backends() == ("eager", "cpu", "triton", "cuda")
+        assert {select(device, dtype) for dtype in dtypes} == {expected}
+        monkeypatch.setattr(triton, "missing", lambda: "Triton is not installed")
+        assert lk.available_backends() == ("eager", "cpu", "cuda")
+        assert {select(device, dtype) for dtype in dtypes} == {without_triton}
 
 
 def test_a_line_applies_to_its_op_dtype_and_sizes_up_to_its_bound(
@@ -252,11 +233,6 @@ def test_either_side_of_a_bound_is_compiled_once(measured: Callable[..., None]) 
     assert graphs.frame_count == 2
 
 
-class LowPass(torch.nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return lk.lowpass(x)
-
-
 @pytest.mark.skipif(native.missing != "", reason="the compiled kernels are not built")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_graph_is_for_all_sizes(measured: Callable[..., None], strict: bool) -> None:
@@ -264,30 +240,13 @@ def test_an_exported_graph_is_for_all_sizes(measured: Callable[..., None], stric
     measured(cpu=UP_TO_SIX)
     batch = torch.export.Dim("batch", min=2, max=512)
     with lk.use_backend("auto"), torch.no_grad():
-        program = torch.export.export(LowPass(), (randn(4, 3, 5, 7),), dynamic_shapes=({0: batch},), strict=strict)
+        program = torch.export.export(
+            lk.LowPassPyramid(), (randn(4, 3, 5, 7),), dynamic_shapes=({0: batch},), strict=strict
+        )
         assert "lfcc.lowpass.default" in [str(node.target) for node in program.graph.nodes]
         for size in (2, 20):
             x = randn(size, 3, 5, 7)
             torch.testing.assert_close(program.module()(x), lk.lowpass(x))
-
-
-def test_info_names_the_records_behind_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LFCC_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": [{"record": "a.json"}] * 2, "sm_90": [{"record": "b.json"}]})
-    assert "auto: by table (on cpu a.json; on sm_90 b.json), otherwise the first available of cpu" in info.report()
-    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": []})
-    assert "auto: the first available of cpu" in info.report()
-
-
-def test_available_backends(with_all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lk.available_backends() == ("eager", "cpu", "triton", "cuda")
-    monkeypatch.setattr(triton, "missing", lambda: "no NVIDIA GPU")
-    assert lk.available_backends() == ("eager", "cpu", "cuda")
-    monkeypatch.setattr(cuda, "missing", lambda: "no NVIDIA GPU")
-    assert lk.available_backends() == ("eager", "cpu")
-    monkeypatch.setattr(native, "missing", "no library")
-    monkeypatch.setattr(triton, "missing", lambda: "")
-    assert lk.available_backends() == ("eager", "triton")
 
 
 def test_a_named_backend_runs_every_dtype_on_its_device_only(with_all_kernels: None) -> None:
@@ -305,40 +264,31 @@ def test_a_named_backend_runs_every_dtype_on_its_device_only(with_all_kernels: N
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code on the package under test in a fresh process."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        cwd=Path(lk.__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
+    """Runs code on the package under test in a new process."""
+    command, root = [sys.executable, "-c", code], Path(lk.__file__).parents[1]
+    return subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True)
 
 
-SELECTED = (
-    "import torch; from lfcc_kernels.ops.dispatch import select; "
-    "print(select('lowpass', torch.device('cpu'), torch.float32, 1))"
-)
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 LOWPASS = "import torch, lfcc_kernels as lk; lk.lowpass(torch.ones(1, 1, 4, 4))"
 
 
 def test_environment_sets_the_default() -> None:
-    assert python(SELECTED, LFCC_BACKEND="eager").stdout.strip() == "eager"
+    code = f"{LOWPASS}; from lfcc_kernels.ops import dispatch; print(dispatch._selected.name)"
+    assert python(code, LFCC_BACKEND="eager").stdout.strip() == "eager"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_error_of_triton_without_a_gpu() -> None:
-    run = python(LOWPASS, LFCC_BACKEND="triton", TRITON_INTERPRET="0")
-    assert run.returncode != 0 and "'triton' is not available" in run.stderr
-    if "Triton is not installed" not in run.stderr:
-        assert "no NVIDIA GPU" in run.stderr and "TRITON_INTERPRET=1" in run.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_error_of_cuda_without_a_gpu() -> None:
-    run = python(LOWPASS, LFCC_BACKEND="cuda")
-    assert run.returncode != 0 and "'cuda' is not available" in run.stderr
-    assert "no NVIDIA GPU" in run.stderr or "LFCC_BUILD_CUDA=1" in run.stderr or "_C is missing" in run.stderr
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fast", "available are auto, eager"),
+        pytest.param("triton", "no NVIDIA GPU.*TRITON_INTERPRET=1|Triton is not installed", marks=NO_GPU),
+        pytest.param("cuda", "no NVIDIA GPU|LFCC_BUILD_CUDA=1|_C is missing", marks=NO_GPU),
+    ],
+)
+def test_backend_of_the_environment_that_is_not_available(name: str, reason: str) -> None:
+    run = python(LOWPASS, LFCC_BACKEND=name, TRITON_INTERPRET="0")
+    assert run.returncode != 0 and re.search(f"ValueError: backend '{name}' is not available.*({reason})", run.stderr)
 
 
 def test_triton_raises_for_tensors_on_the_cpu() -> None:
@@ -348,24 +298,3 @@ def test_triton_raises_for_tensors_on_the_cpu() -> None:
     assert run.returncode != 0
     assert "ValueError: backend 'triton' was selected but the tensors are on cpu" in run.stderr
     assert ".to('cuda')" in run.stderr and "use_backend('auto')" in run.stderr
-
-
-def test_triton_is_imported_by_its_first_call_only() -> None:
-    """A user of the CPU may not have it."""
-    loaded = "print('lfcc_kernels.backends.triton.runtime' in sys.modules)"
-    run = python(f"import sys; {LOWPASS}; lk.available_backends(); {loaded}", LFCC_BACKEND="auto")
-    assert run.stdout.strip() == "False", run.stderr
-
-
-def test_unknown_name_in_the_environment_raises_at_the_first_call() -> None:
-    run = python(LOWPASS, LFCC_BACKEND="fast")
-    assert run.returncode != 0
-    assert "ValueError" in run.stderr and "'fast'" in run.stderr and "eager" in run.stderr
-
-
-def test_core_imports_with_torch_alone() -> None:
-    others = ["timm", "torchvision", "tensorboard", "torchmetrics", "yaml", "tqdm", "matplotlib", "scipy", "sklearn"]
-    others.append("triton")
-    blocked = f"import sys; sys.modules.update(dict.fromkeys({others!r}))"
-    run = python(f"{blocked}; {LOWPASS}; lk.LFCCLoss([1], [1])")
-    assert run.returncode == 0, run.stderr

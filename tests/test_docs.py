@@ -49,8 +49,7 @@ SLOW = ("accelerate", "lightning", "torchdistill")  # import large frameworks
 
 
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem) for page in SNIPPETS],
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem) for page in SNIPPETS]
 )
 def test_snippets_run_and_train_every_projection(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip(TRAINING.get(page.stem, "torch"))

@@ -263,11 +263,7 @@ def test_lowpass(x: Any, arguments: dict[str, Any], error: type[Exception], frag
 
 @pytest.mark.parametrize(("student", "teacher", "arguments", "error", "fragments"), INFO_NCE.values(), ids=INFO_NCE)
 def test_info_nce(
-    student: Any,
-    teacher: Any,
-    arguments: dict[str, Any],
-    error: type[Exception],
-    fragments: list[str],
+    student: Any, teacher: Any, arguments: dict[str, Any], error: type[Exception], fragments: list[str]
 ) -> None:
     assert_raises(lambda: lk.info_nce(student, teacher, **arguments), error, ["info_nce: ", *fragments])
 

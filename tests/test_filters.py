@@ -148,14 +148,3 @@ def test_autocast_does_not_change_the_filters(compiled_kernels: str, bank: str) 
     with torch.autocast("cpu", torch.bfloat16):
         y = pyramid(x)
     torch.testing.assert_close(y, pyramid(x))
-
-
-@pytest.mark.parametrize("bank", ["learnable", "gaussian"])
-def test_state_dict_round_trip(bank: str) -> None:
-    pyramid, other, x = (
-        shaken(lk.LowPassPyramid(SCALES, bank)),
-        lk.LowPassPyramid(SCALES, bank),
-        randn(1, 3, 9, 9),
-    )
-    other.load_state_dict(pyramid.state_dict())
-    assert torch.equal(other(x), pyramid(x))

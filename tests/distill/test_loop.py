@@ -56,10 +56,7 @@ def test_learning_rate_per_update(tmp_path: Path) -> None:
     run(tmp_path, ToyBatches(), log_interval=1, min_lr=1e-4)
     for row in read_csv(tmp_path / "steps.csv"):
         t = row["step"]
-        warm_up, cosine = (
-            1e-5 + (1e-3 - 1e-5) * t / 4,
-            1e-4 + (1e-3 - 1e-4) * (1 + math.cos(math.pi * t / 12)) / 2,
-        )
+        warm_up, cosine = (1e-5 + (1e-3 - 1e-5) * t / 4, 1e-4 + (1e-3 - 1e-4) * (1 + math.cos(math.pi * t / 12)) / 2)
         assert row["lr"] == pytest.approx(warm_up if t < 4 else cosine if t < 12 else 1e-4)
 
 
@@ -159,10 +156,7 @@ def test_gradient_of_student_and_projections_is_clipped_together() -> None:
 
 
 def test_gradients_are_not_accumulated_over_updates() -> None:
-    settings, batch = (
-        replace(SETTINGS, lr=0, sched="none", model_ema=False),
-        next(iter(ToyBatches().epoch(0))),
-    )
+    settings, batch = (replace(SETTINGS, lr=0, sched="none", model_ema=False), next(iter(ToyBatches().epoch(0))))
     state = create_training_state(make_distiller().eval(), 4, settings)
     norms = {update(state, [batch], settings, StepTimer(torch.device("cpu")))["grad_norm"].item() for _ in range(2)}
     assert len(norms) == 1

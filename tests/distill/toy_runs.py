@@ -10,15 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from lfcc_kernels.distill import (
-    Batch,
-    Distiller,
-    FitSettings,
-    RunFolder,
-    build_lfcc,
-    create_extractor,
-    fit,
-)
+from lfcc_kernels.distill import Batch, Distiller, FitSettings, RunFolder, build_lfcc, create_extractor, fit
 
 CLASSES = 3
 
@@ -85,10 +77,5 @@ def run(folder: Path, batches, checkpoint: dict | None = None, **settings) -> di
     random.seed(0), np.random.seed(0)
     distiller = make_distiller()
     return fit(
-        distiller,
-        batches,
-        no_evaluation,
-        replace(SETTINGS, **settings),
-        RunFolder(folder),
-        checkpoint=checkpoint,
+        distiller, batches, no_evaluation, replace(SETTINGS, **settings), RunFolder(folder), checkpoint=checkpoint
     )

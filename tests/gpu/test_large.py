@@ -6,15 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from op_cases import DIRECTIONS
-from oracles import (
-    accumulator,
-    assert_close_to_truth,
-    gradients,
-    in_float64,
-    rounding,
-    torch_info_nce,
-    torch_lowpass,
-)
+from oracles import accumulator, assert_close_to_truth, gradients, in_float64, rounding, torch_info_nce, torch_lowpass
 from steps import assert_same_bits, info_nce_step, lfcc_step, lowpass_step, step_of
 from torch import Tensor, randn
 
@@ -73,11 +65,7 @@ def check_lowpass(device: torch.device, x: Tensor, filters: bool) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(32, 256, 56, 56), (128, 512, 7, 7), (16, 100, 28, 20)], ids=str)
 def test_lowpass_and_its_gradients(
-    device: torch.device,
-    shape: tuple[int, ...],
-    layout: torch.memory_format,
-    filters: bool,
-    dtype: torch.dtype,
+    device: torch.device, shape: tuple[int, ...], layout: torch.memory_format, filters: bool, dtype: torch.dtype
 ) -> None:
     check_lowpass(device, randn(shape, device=device).to(dtype).to(memory_format=layout), filters)
 

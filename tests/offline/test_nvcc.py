@@ -22,10 +22,7 @@ MMA = r"\bmma\.sync\.aligned\.{}\.row\.col\.f32\.{}\.f32\b"
 
 # Of each file: what every kernel whose signature begins like this must have.
 CLAIMS: dict[str, list[tuple[str, list[str]]]] = {
-    "info_nce_chunk_gradient.cu": [
-        ("gradient_kernel<.*true>", [LOAD]),
-        ("gradient_kernel<float.*true>", [STORE]),
-    ],
+    "info_nce_chunk_gradient.cu": [("gradient_kernel<.*true>", [LOAD]), ("gradient_kernel<float.*true>", [STORE])],
     "info_nce_chunks.cu": [("softmax_kernel<.*true>", [LOAD]), ("softmax_kernel<float.*true>", [STORE])],
     "info_nce_fused.cu": [
         ("one_pass_kernel<", [COPY, MATRICES]),

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case
 from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.ofa import MODELS
+from lfcc_kernels.bench.peers import whole_loss
 
 CLASSES = 1000
 PAIRS = (("resnet18", "swin_t"), ("deit_t", "convnext_t"), ("resmlp_12", "vit_s"))
@@ -96,7 +96,7 @@ def _step(
             pyramids = zip(module.student_filters, student_maps, strict=True)
             filters = [pyramid.bank(*student_map.shape[2:]) for pyramid, student_map in pyramids]
             weights = [projection.weight for projection in module.student_projections]
-            return loss + peers.lfcc_filter_each_scale(
+            return loss + whole_loss.filter_each_scale(
                 student_maps, teacher_maps, weights, filters, scales, TEMPERATURE
             )
 

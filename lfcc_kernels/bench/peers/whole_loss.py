@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfcc_kernels.bench.peers.contrast import contrast_dense, upcast
+from lfcc_kernels.bench.peers.contrast import dense, upcast
 
 
-def lfcc_pool_each_scale(
+def pool_each_scale(
     student_maps: Sequence[Tensor],
     teacher_maps: Sequence[Tensor],
     projections: Sequence[Tensor],
@@ -24,7 +24,7 @@ def lfcc_pool_each_scale(
     return _contrast_each_scale(students, teacher_maps, scales, temperature)
 
 
-def lfcc_project_maps(
+def project_maps(
     student_maps: Sequence[Tensor],
     teacher_maps: Sequence[Tensor],
     projections: Sequence[Tensor],
@@ -37,7 +37,7 @@ def lfcc_project_maps(
     return _contrast_each_scale(students, teacher_maps, scales, temperature)
 
 
-def lfcc_filter_each_scale(
+def filter_each_scale(
     student_maps: Sequence[Tensor],
     teacher_maps: Sequence[Tensor],
     projections: Sequence[Tensor],
@@ -66,7 +66,7 @@ def _contrast_each_scale(
 ) -> Tensor:
     """The mean loss of the students' grids, one per stage and scale, against the pooled maps of the teacher."""
     losses = [
-        contrast_dense(upcast(grid.flatten(1)), upcast(F.adaptive_avg_pool2d(teacher, scale).flatten(1)), temperature)
+        dense(upcast(grid.flatten(1)), upcast(F.adaptive_avg_pool2d(teacher, scale).flatten(1)), temperature)
         for grids, teacher in zip(students, teacher_maps, strict=True)
         for grid, scale in zip(grids, scales, strict=True)
     ]
