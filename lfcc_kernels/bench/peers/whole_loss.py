@@ -8,13 +8,11 @@ from torch import Tensor
 
 from lfcc_kernels.bench.peers.contrast import dense, upcast
 
+Maps = Sequence[Tensor]
+
 
 def pool_each_scale(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    scales: Sequence[int],
-    temperature: float,
+    student_maps: Maps, teacher_maps: Maps, projections: Maps, scales: Sequence[int], temperature: float
 ) -> Tensor:
     """The whole loss: pool once per scale, project the few cells with a 1 x 1 convolution, contrast densely."""
     students = [
@@ -25,11 +23,7 @@ def pool_each_scale(
 
 
 def project_maps(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    scales: Sequence[int],
-    temperature: float,
+    student_maps: Maps, teacher_maps: Maps, projections: Maps, scales: Sequence[int], temperature: float
 ) -> Tensor:
     """The whole loss as most distillation code writes it: align the map with a 1 x 1 convolution, then pool."""
     aligned = [_project(student, weight) for student, weight in zip(student_maps, projections, strict=True)]
@@ -38,9 +32,9 @@ def project_maps(
 
 
 def filter_each_scale(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    projections: Sequence[Tensor],
+    student_maps: Maps,
+    teacher_maps: Maps,
+    projections: Maps,
     filters: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[int],
     temperature: float,
