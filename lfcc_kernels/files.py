@@ -24,6 +24,12 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path: str | Path, data: str | bytes) -> None:
+    """Write a file with `replace_file`."""
+    with replace_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
 def remove_stale(folder: str | Path) -> None:
     """Delete the unfinished files of a killed process in `folder`."""
     for temporary in Path(folder).glob(f"{_TEMPORARY}*"):

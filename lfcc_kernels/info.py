@@ -10,6 +10,7 @@ import torch
 import lfcc_kernels
 from lfcc_kernels.backends import cuda, native, triton
 from lfcc_kernels.ops import dispatch
+from lfcc_kernels.version import package_version
 
 _DISTRIBUTION = "lfcc-kernels"
 
@@ -111,12 +112,8 @@ def _extras() -> dict[str, str]:
 
 
 def _installed(extra: str, packages: list[str]) -> str:
-    found, missing = [], []
-    for package in packages:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
-    if missing:
+    versions = {package: package_version(package) for package in packages}
+    found = [f"{package} {version}" for package, version in versions.items() if version]
+    if missing := [package for package in packages if not versions[package]]:
         found.append(f"missing {', '.join(missing)} (pip install '{_DISTRIBUTION}[{extra}]')")
     return ", ".join(found)

@@ -28,7 +28,7 @@ LAYERS = [
     {"_checks"},
     {"ops"},
     {"backends"},
-    {"files", "version"},
+    {"files", "text", "version"},
 ]
 DEPTH = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 

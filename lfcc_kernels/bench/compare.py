@@ -17,6 +17,7 @@ import torch
 
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.record import NOT_REACHED, Row
+from lfcc_kernels.text import aligned
 
 LEAST_NOISE = 0.05
 LEAST_GROWTH = 2**20  # bytes; smaller growth of memory is not reported
@@ -96,7 +97,7 @@ def text(changes: Sequence[Change]) -> str:
         others += [f"{what}: {'; '.join(titles[:5])}{more}"] if titles else []
     counts = [f"{sum(change.what == what for change in changes)} {what}" for what in (*TIMES, "broken")]
     formula = __doc__.partition("\n\n")[2].strip()
-    parts = [formula, _aligned([head, *times]) if times else "", "\n".join(others), ", ".join(counts)]
+    parts = [formula, "\n".join(aligned([head, *times], left=2)) if times else "", "\n".join(others), ", ".join(counts)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -156,15 +157,3 @@ def _line(change: Change) -> str:
         "broken": lambda: change.note,
     }
     return f"{change.what}: {change.title}, {numbers[change.what]()}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: the first two are text, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if n < 2 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )

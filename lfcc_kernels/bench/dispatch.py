@@ -19,7 +19,7 @@ from pathlib import Path
 from lfcc_kernels.backends.native import PACKAGE
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.record import Row
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 from lfcc_kernels.ops.dispatch import TABLE
 
 RUNS = ("default", "cuda")
@@ -59,8 +59,7 @@ def main(paths: Sequence[str | Path], output: str | Path | None = None) -> None:
         table[device] = sorted([*others, *lines], key=lambda line: (line["op"], line["dtype"]))
         before = "unchanged" if old == lines else f"before: {_describe(old) or 'the fixed order'}"
         print(f"{device} {op} {dtype}: {_describe(lines)} ({before})")
-    with replace_file(output) as file:
-        file.write(f"{json.dumps(dict(sorted(table.items())), indent=1, allow_nan=False)}\n".encode())
+    write_file(output, f"{json.dumps(dict(sorted(table.items())), indent=1, allow_nan=False)}\n")
     print(f"wrote {output}")
 
 

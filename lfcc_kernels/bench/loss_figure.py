@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lfcc_kernels.bench.record import Row
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 
 PAIR, SERIES = "average", "lfcc-over-B"  # labels of the cases that are drawn
 NAMES = {
@@ -61,8 +61,7 @@ def write_loss_figure(rows: Sequence[Row], device: str, source: str, output: Pat
     metadata = {"Title": "LFCC loss", "Source": source, "Description": json.dumps(values), "Date": None}
     with matplotlib.rc_context({"svg.hashsalt": "lfcc"}):
         _draw(values, device).savefig(svg, format="svg", metadata=metadata)
-    with replace_file(output) as file:
-        file.write(b"\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + b"\n")
+    write_file(output, b"\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + b"\n")
     return True
 
 

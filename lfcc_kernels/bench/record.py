@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 
 SCHEMA = 3
 NOT_REACHED = "not reached yet"  # note of a case that is still to be measured
@@ -113,12 +113,8 @@ def put(results: dict, run: str, environment: dict, rows: Iterable[Row]) -> None
 def save(path: Path, results: dict) -> None:
     """Write the JSON file and the CSV file next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in (
-        (path, json.dumps(results, indent=1, allow_nan=False) + "\n"),
-        (csv_path(path), _csv(results)),
-    ):
-        with replace_file(target) as file:
-            file.write(text.encode())
+    write_file(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_file(csv_path(path), _csv(results))
 
 
 def load(path: str | Path) -> dict:

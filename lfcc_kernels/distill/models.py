@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from lfcc_kernels.text import aligned
+
 from .checkpoint import CheckpointError
 from .features import available_taps, default_taps
 
@@ -117,13 +119,11 @@ def inspect_model(name: str, image_size: int | None = None) -> str:
         )
         for tap in taps
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
         [
             f"{name} at {size} x {size} pixels: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
             f"parameters, {taps[0].prefix_tokens} prefix tokens (removed from the features)",
-            *lines,
+            *aligned(rows, left=len(rows[0])),
             "* default taps of `lfcc distill`",
         ]
     )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lfcc_kernels.files import remove_stale, replace_file
+from lfcc_kernels.files import remove_stale, replace_file, write_file
 
 from .data.readers import loader_errors
 from .distiller import TeacherOutputs
@@ -196,8 +196,7 @@ def prepare(folder: Path, manifest: Manifest) -> list[int]:
             "fewer --teacher-taps or smaller --lfcc-scales",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with replace_file(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest.to_json(), indent=2).encode() + b"\n")
+    write_file(folder / MANIFEST, f"{json.dumps(manifest.to_json(), indent=2)}\n")
     return missing
 
 

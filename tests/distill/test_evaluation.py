@@ -1,7 +1,6 @@
 """Every validation image is counted once for any number of ranks."""
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
+from toy_runs import write_tar
 
 from lfcc_kernels.distill.data import ImageArrays, open_dataset
 from lfcc_kernels.distill.data.evaluation import evaluation_loader, top1
@@ -45,14 +45,11 @@ def expected() -> float:
 def write_shards(folder: Path, shards: int = 3) -> None:
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
-        with tarfile.open(folder / f"val-{shard}.tar", "w") as tar:
-            for number in range(shard, NUMBER, shards):
-                file = io.BytesIO()
-                Image.fromarray(PIXELS[number]).save(file, "PNG")
-                for suffix, content in (("png", file.getvalue()), ("cls", str(LABELS[number]).encode())):
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        files = {}
+        for number in range(shard, NUMBER, shards):
+            Image.fromarray(PIXELS[number]).save(image := io.BytesIO(), "PNG")
+            files |= {f"{number:04d}.png": image.getvalue(), f"{number:04d}.cls": str(LABELS[number]).encode()}
+        write_tar(folder / f"val-{shard}.tar", files)
 
 
 def open_shards(folder: Path, number: int = NUMBER):

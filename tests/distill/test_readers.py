@@ -3,7 +3,6 @@
 import hashlib
 import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR100
+from toy_runs import write_tar
 
 from lfcc_kernels.distill.data import fingerprint, open_dataset, readers
 
@@ -19,15 +19,6 @@ def png(value: int, size: int = 8) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (size, size), (value, 0, 0)).save(file, "PNG")
     return file.getvalue()
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> bytes:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path.read_bytes()
 
 
 def contents(dataset) -> list[tuple[int, int]]:

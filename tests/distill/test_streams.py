@@ -2,7 +2,6 @@
 
 import io
 import random
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
+from toy_runs import write_tar
 
 from lfcc_kernels.distill.data import fingerprint, open_dataset
 from lfcc_kernels.distill.data.readers import LoaderError, Stream
@@ -31,13 +31,11 @@ def png(value: int) -> bytes:
 
 def write_shards(folder: Path, broken: tuple[int, ...] = ()) -> None:
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"train-{shard}.tar", "w") as tar:
-            for number in range(shard, NUMBER, SHARDS):
-                image = b"nothing" if shard in broken else png(number)
-                for suffix, content in (("png", image), ("cls", str(number % 3).encode())):
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        files = {}
+        for number in range(shard, NUMBER, SHARDS):
+            files[f"{number:04d}.png"] = b"nothing" if shard in broken else png(number)
+            files[f"{number:04d}.cls"] = str(number % 3).encode()
+        write_tar(folder / f"train-{shard}.tar", files)
 
 
 def open_shards(folder: Path, number: str = f"|{NUMBER}") -> Stream:

@@ -1,6 +1,8 @@
-"""Small runs that the tests of the loop share."""
+"""Small runs and files that the tests share."""
 
+import io
 import random
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -79,3 +81,12 @@ def run(folder: Path, batches, checkpoint: dict | None = None, **settings) -> di
     return fit(
         distiller, batches, no_evaluation, replace(SETTINGS, **settings), RunFolder(folder), checkpoint=checkpoint
     )
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()

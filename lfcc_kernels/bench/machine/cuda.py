@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib.metadata
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -11,6 +10,7 @@ import torch
 
 from lfcc_kernels.bench.machine.base import Call, Machine, host_clock, slug
 from lfcc_kernels.bench.record import Request
+from lfcc_kernels.version import package_version
 
 _SLEEP_CYCLES = 2e9  # cycles of torch.cuda._sleep per second, at the highest clock, so that it never ends too early
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
@@ -108,7 +108,7 @@ class Cuda(Machine):
             "nvidia_smi_fields": _QUERY,
             "nvidia_smi": _nvidia_smi(_QUERY, "csv,noheader"),
             "cuda": torch.version.cuda,
-            "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+            "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
             **super().environment(),
         }
 
@@ -156,10 +156,3 @@ def _nvidia_smi(fields: str, layout: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

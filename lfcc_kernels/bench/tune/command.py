@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lfcc_kernels.backends.triton import INTERPRET, missing
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 from lfcc_kernels.version import __version__, commit
 
 Tune = Callable[[], tuple[dict[str, Any], list[str]]]
@@ -55,8 +55,7 @@ def write_table(path: Path, architecture: int, tune: Tune, source: str) -> None:
             raise ValueError(f"bench --tune: no kernel could be measured; {path} is unchanged")
         source += f"; not measured: {', '.join(kept)}" if kept else ""
         table |= {"architecture": architecture, "source": source}
-        with replace_file(path) as file:
-            file.write(f"{json.dumps(table, indent=1)}\n".encode())
+        write_file(path, f"{json.dumps(table, indent=1)}\n")
     except KeyboardInterrupt:
         say(f"interrupted; {path} is unchanged")
         raise
