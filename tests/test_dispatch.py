@@ -290,14 +290,14 @@ def test_available_are_those_that_lack_nothing(with_all_kernels: None, monkeypat
     assert lk.available_backends() == ("eager", "triton")
 
 
-def test_a_backend_asked_for_by_name_serves_every_type_on_its_device_alone(with_all_kernels: None) -> None:
+def test_a_selected_backend_takes_every_dtype_on_its_device_alone(with_all_kernels: None) -> None:
     homes = {"cpu": CPU, "triton": CUDA, "cuda": CUDA}
     for name, home in homes.items():
         with lk.use_backend(name):
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 assert select(home, dtype) == name
             for other in {CPU, CUDA, META} - {home}:
-                message = rf"'{name}'.* on {other.type}; move them with \.to\('{home.type}'\), or use_backend\('auto'\)"
+                message = rf"'{name}'.* on {other.type}; move .* \.to\('{home.type}'\), or select use_backend\('auto'\)"
                 with pytest.raises(ValueError, match=message):
                     select(other, torch.float32)
     with lk.use_backend("eager"):
@@ -342,11 +342,11 @@ def test_cuda_without_a_gpu_says_what_is_missing() -> None:
 
 
 def test_triton_refuses_tensors_on_the_cpu() -> None:
-    """Where it does not interpret; as if there were a GPU."""
+    """Unless it interprets; as if there were a GPU."""
     ready = "from lfcc_kernels.backends import triton; triton.missing = lambda: ''"
     run = python(f"{ready}; {LOWPASS}", LFCC_BACKEND="triton", TRITON_INTERPRET="0")
     assert run.returncode != 0
-    assert "ValueError: backend 'triton' was asked for by name, but the tensors are on cpu" in run.stderr
+    assert "ValueError: backend 'triton' was selected but the tensors are on cpu" in run.stderr
     assert ".to('cuda')" in run.stderr and "use_backend('auto')" in run.stderr
 
 

@@ -227,15 +227,15 @@ def test_the_students_rows_travel_once_where_teachers_look_for_them(ranks: list[
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("rows", "rank 0 brings 6 rows of 10 float64 values without ids, rank {last} 5 rows of 10"),
-        ("compiled rows", "rank 0 brings 6 rows of 10 float64 values without ids, rank {last} 5 rows of 10"),
-        ("width", "rank {last} 6 rows of 9 float64 values"),
-        ("type", "rank {last} 6 rows of 10 float32 values"),
-        ("ids", "rank {last} 6 rows of 10 float64 values with ids"),
+        ("rows", "rank 0 has (6, 10) float64 without ids, rank {last} has (5, 10) float64 without ids"),
+        ("compiled rows", "rank 0 has (6, 10) float64 without ids, rank {last} has (5, 10) float64 without ids"),
+        ("width", "rank 0 has (6, 10) float64 without ids, rank {last} has (6, 9) float64 without ids"),
+        ("type", "rank 0 has (6, 10) float64 without ids, rank {last} has (6, 10) float32 without ids"),
+        ("ids", "rank 0 has (6, 10) float64 without ids, rank {last} has (6, 10) float64 with ids"),
         ("none", "no error"),
     ],
 )
-def test_ranks_that_differ_are_told_all_of_them(ranks: list[dict], what: str, message: str) -> None:
+def test_ranks_that_differ_raise_the_same_error(ranks: list[dict], what: str, message: str) -> None:
     for rank in ranks:
         assert message.format(last=len(ranks) - 1) in rank["unlike"][what]
 

@@ -246,7 +246,7 @@ def test_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def test_cases_look_up_every_line_but_those_of_float64(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]) -> None:
     """What a kernel or shape class that is new in a table needs: a case that runs it."""
-    monkeypatch.setattr(runtime, "raised", lambda dtype: dtype)  # classes as on a GPU; nothing is launched here
+    monkeypatch.setattr(runtime, "compute_dtype", lambda dtype: dtype)  # classes as on a GPU; nothing is launched here
     readers = search.Tuner(table, TINY, float, print)._readers()
     wanted = {(kernel, shape_class) for kernel, shape_class, _ in LINES if shape_class != "8"}
     assert wanted == readers.keys()
