@@ -78,6 +78,8 @@ class Gaussian(nn.Module):
 class DCT(nn.Module):
     """The first s rows of the orthonormal DCT-II of the side's length, for every scale s."""
 
+    reference: Tensor
+
     def __init__(self, scales: tuple[int, ...]) -> None:
         super().__init__()
         self.scales = scales
