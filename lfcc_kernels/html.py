@@ -1,7 +1,4 @@
-"""Self-contained HTML pages with tables and pictures, for the reports of `lfcc report`.
-
-Needs the extra `lfcc-kernels[report]`.
-"""
+"""Self-contained HTML pages with tables and plots, used by `lfcc report`. Needs the extra `lfcc-kernels[report]`."""
 
 import base64
 import html

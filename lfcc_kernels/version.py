@@ -7,8 +7,7 @@ __version__ = "0.1.0"
 
 
 def commit() -> str:
-    """The git commit of the checkout that this package runs from, with "-dirty" where files differ from it; empty for
-    an installed package."""
+    """The git commit of the checkout, with "-dirty" if files differ from it; empty for an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""

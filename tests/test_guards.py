@@ -1,4 +1,4 @@
-"""The compiled kernels themselves reject arguments that would make them access memory out of bounds."""
+"""The compiled kernels reject arguments that would make them access memory out of bounds."""
 
 import re
 from typing import Any

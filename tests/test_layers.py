@@ -22,12 +22,13 @@ LAYERS = [
     {"html"},
     {"__init__"},
     {"losses"},
-    {"distributed"},
+    {"contrast"},
+    {"distributed", "filters"},
     {"functional"},
     {"_checks"},
     {"ops"},
     {"backends"},
-    {"files", "filters", "version"},
+    {"files", "version"},
 ]
 DEPTH = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 

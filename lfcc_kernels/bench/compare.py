@@ -77,10 +77,10 @@ def compare(old: dict, new: dict) -> list[Change]:
         Change(what, *key)
         for what, some, others in zip(ABSENT, (before, after), (after, before), strict=True)
         for key, row in some.items()
-        if row.ours and key not in others
+        if row.is_lfcc and key not in others
     ]
     for key, row in before.items():
-        if row.ours and row.status == "ok" and key in after:
+        if row.is_lfcc and row.status == "ok" and key in after:
             changes += _changes(key, row, after[key], _peer_ratios(before, after, row))
     return sorted(changes, key=lambda change: -change.slowdown if change.what in TIMES else 0)
 
@@ -116,7 +116,11 @@ def _peer_ratios(before: dict[Key, Row], after: dict[Key, Row], lfcc: Row) -> li
     return [
         after[key].median_ms / row.median_ms
         for key, row in before.items()
-        if key[:2] == (lfcc.run, lfcc.case) and not row.ours and row.median_ms and key in after and after[key].median_ms
+        if key[:2] == (lfcc.run, lfcc.case)
+        and not row.is_lfcc
+        and row.median_ms
+        and key in after
+        and after[key].median_ms
     ]
 
 

@@ -247,9 +247,7 @@ def cost_per_image(scales: Sequence[tuple[int, ...]] = ((1, 2, 4), (1, 2, 4, 7))
 
 
 def cost_per_run(
-    batches: Sequence[int] = (1024, 8192, 65536),
-    ranks: Sequence[int] = (1, 8, 64),
-    scales: tuple[int, ...] = (1, 2, 4),
+    batches: Sequence[int] = (1024, 8192, 65536), ranks: Sequence[int] = (1, 8, 64), scales: tuple[int, ...] = (1, 2, 4)
 ) -> str:
     """A Markdown table of the cost of a `Run` on one GPU, for each of `PAIRS`, of the global batches and of the GPUs.
 

@@ -110,7 +110,7 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], Group]:
     """The times of lfcc by backend, case by case, without cases in which none was timed."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.op and row.ours and row.dtype != "float64":
+        if row.op and row.is_lfcc and row.dtype != "float64":
             cases[row.case].append(row)
     groups: dict[tuple[str, str], Group] = defaultdict(list)
     for some in cases.values():

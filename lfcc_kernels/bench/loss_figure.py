@@ -14,7 +14,7 @@ from lfcc_kernels.files import replace_file
 
 PAIR, SERIES = "average", "lfcc-over-B"  # labels of the cases that are drawn
 NAMES = {
-    "ours": "lfcc",  # "pool first": pools the student's maps and then projects them, as LFCCLoss does
+    "lfcc": "lfcc",  # "pool first": pools the student's maps and then projects them, as LFCCLoss does
     "compiled eager, pooled first": "torch.compile, pool first",
     "eager, pooled first": "eager, pool first",
     "compiled eager": "torch.compile",
@@ -87,7 +87,7 @@ def _bars(axes: Axes, case: dict, quantity: str, label: str) -> None:
 
 def _lines(axes: Axes, case: dict, quantity: str, label: str) -> None:
     for name in reversed([name for name in NAMES if name in case]):
-        style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.5}
+        style = {"linewidth": 2.5, "zorder": 3} if name == "lfcc" else {"linewidth": 1.5}
         axes.plot(case["B"], case[name][quantity], "o-", color=_COLORS[name], label=NAMES[name], **style)
     axes.set(xscale="log", yscale="log", xlabel="batch size B", ylabel=label)
     axes.set_xticks(case["B"], [str(batch) for batch in case["B"]])

@@ -65,10 +65,10 @@ def rankings(rows: Iterable[Row]) -> list[Ranking]:
             cases[row.run, row.case].append(row)
     found = []
     for timed in cases.values():
-        lfcc = [row for row in timed if row.candidate == "ours"]
+        lfcc = [row for row in timed if row.candidate == "lfcc"]
         peers = tuple(row for row in timed if row.peer)
         if lfcc and peers:
-            others = tuple(row for row in timed if row.ours and row.candidate != "ours")
+            others = tuple(row for row in timed if row.is_lfcc and row.candidate != "lfcc")
             found.append(Ranking(lfcc[0], peers, others))
     return sorted(found, key=lambda ranking: ranking.speedup)
 
@@ -147,7 +147,7 @@ def memory(results: dict) -> Table:
     return [
         {
             "case": title(rows[0]),
-            "lfcc": "; ".join(_mebibytes(row) for row in rows if row.ours),
+            "lfcc": "; ".join(_mebibytes(row) for row in rows if row.is_lfcc),
             "peers": "; ".join(_mebibytes(row) for row in rows if row.peer),
         }
         for rows in cases.values()
@@ -236,7 +236,7 @@ def _floor(row: Row) -> str:
 
 
 def _lfcc_and_eager(ranking: Ranking, text: Callable[[Row], str]) -> str:
-    texts = [text(row) for row in (ranking.lfcc, *ranking.peers) if row.candidate in ("ours", "eager")]
+    texts = [text(row) for row in (ranking.lfcc, *ranking.peers) if row.candidate in ("lfcc", "eager")]
     return " / ".join(texts) if any(texts) else ""
 
 
@@ -246,7 +246,7 @@ def _error(row: Row) -> str:
 
 def _mebibytes(row: Row) -> str:
     mebibytes = f"{row.peak_memory_bytes / 2**20:.1f}"
-    return mebibytes if row.candidate == "ours" else f"{row.candidate.removeprefix('ours, ')} {mebibytes}"
+    return mebibytes if row.candidate == "lfcc" else f"{row.candidate.removeprefix('lfcc, ')} {mebibytes}"
 
 
 def _markdown_table(table: Table) -> str:

@@ -167,7 +167,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # depends on where the file is damaged
+    except Exception as error:  # the type depends on the damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({reason})") from error
     missing = {"state_dict", "optimizer", "scaler", "progress", "rng", "config"} - state.keys()

@@ -143,9 +143,9 @@ class Distiller(nn.Module):
             0-d tensors: "loss", the weighted sum, and the unweighted terms "ce", "kd", "lfcc" whose weight is not 0;
             and "logits" (B, classes).
         """
-        travelling = None
+        pending = None
         if labels is not None and "lfcc" in self.weights and cached is None:
-            travelling = self.lfcc.gather_async(teacher_outputs.pyramids, ids)
+            pending = self.lfcc.gather_async(teacher_outputs.pyramids, ids)
         logits, features = self.student(images)
         self._end_phase("student")
         if logits.requires_grad and self.on_phase is not None:
@@ -157,7 +157,7 @@ class Distiller(nn.Module):
         if labelled is None and not labels.is_floating_point():
             labelled = labelled_images(labels)
         self._end_phase("loss")
-        keys = None if travelling is None else travelling.wait()
+        keys = None if pending is None else pending.wait()
         self._end_phase("gather")
         return self._terms(logits, pyramids, labels, teacher_outputs, ids, keys, labelled, cached)
 

@@ -205,12 +205,7 @@ def _hooked_taps(
 
 
 def _hooked_tap(
-    model: nn.Module,
-    name: str,
-    output: object,
-    image_size: Sequence[int],
-    grid: tuple[int, int] | None,
-    prefix: int,
+    model: nn.Module, name: str, output: object, image_size: Sequence[int], grid: tuple[int, int] | None, prefix: int
 ) -> Tap:
     if isinstance(output, Tensor) and output.ndim == 4:
         shape = output.permute(0, 3, 1, 2).shape if _is_channels_last(model) else output.shape

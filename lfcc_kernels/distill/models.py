@@ -48,7 +48,7 @@ def load_teacher(name: str, checkpoint: str | None, num_classes: int, *, image_s
         weights = timm.models.load_state_dict(checkpoint)
     except FileNotFoundError:
         raise FileNotFoundError(f"--teacher-checkpoint {checkpoint} does not exist") from None
-    except Exception as error:  # depends on where the file is damaged
+    except Exception as error:  # the type depends on the damage
         raise CheckpointError(f"{checkpoint} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
     try:
         classifier = timm.models.get_pretrained_cfg_value(name, "classifier") if timm.is_model(name) else None

@@ -70,14 +70,7 @@ def _backward(backend, ctx, grad):
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             grad_x = op("lowpass_input_grad", backend)(
-                grad,
-                ctx.size,
-                ctx.channels_last,
-                ctx.scales,
-                row_filters,
-                col_filters,
-                ctx.grid,
-                ctx.prefix_tokens,
+                grad, ctx.size, ctx.channels_last, ctx.scales, row_filters, col_filters, ctx.grid, ctx.prefix_tokens
             )
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             grad_rows, grad_cols = op("lowpass_filter_grad", backend)(

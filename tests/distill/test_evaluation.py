@@ -1,4 +1,4 @@
-"""Every validation image is counted once, whatever the number of ranks."""
+"""Every validation image is counted once for any number of ranks."""
 
 import io
 import tarfile
@@ -26,7 +26,7 @@ TRANSFORM = create_transform(16, crop_pct=1.0)
 
 
 class Brightness(nn.Module):
-    """Logits that hit the label of some images and miss that of others."""
+    """A classifier that is right for some images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_top1_counts_in_evaluation_mode() -> None:
 
 @pytest.mark.parametrize("source", ["arrays", "shards"])
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (3, 2), (4, 1), (16, 0)])
-def test_shares_of_ranks_are_the_whole(source: str, ranks: int, workers: int, tmp_path: Path) -> None:
+def test_shares_of_all_ranks_are_the_data_set(source: str, ranks: int, workers: int, tmp_path: Path) -> None:
     write_shards(tmp_path)
     dataset = IMAGES if source == "arrays" else open_shards(tmp_path)
     shares = [
@@ -91,21 +91,21 @@ def test_shares_of_ranks_are_the_whole(source: str, ranks: int, workers: int, tm
 
 
 def evaluate(folder: Path) -> list[float]:
-    """On one rank of several: the accuracy from arrays and from shards."""
+    """The accuracy on arrays and on shards, computed on this rank."""
     place = {"batch_size": 2, "rank": rank(), "world_size": world_size()}
     sources = (IMAGES, open_shards(folder))
     return [top1(Brightness(), evaluation_loader(source, TRANSFORM, **place), 3) for source in sources]
 
 
 @pytest.mark.slow
-def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
+def test_two_processes_have_the_accuracy_of_one(tmp_path: Path) -> None:
     write_shards(tmp_path)
     assert 0 < expected() < 100
     for accuracies in (evaluate(tmp_path), *in_ranks(2, tmp_path, evaluate, tmp_path)):
         assert accuracies == pytest.approx([expected()] * 2)
 
 
-def test_a_stream_that_holds_fewer_images_is_refused(tmp_path: Path) -> None:
+def test_a_stream_with_fewer_images_than_declared_raises(tmp_path: Path) -> None:
     write_shards(tmp_path)
     loader = evaluation_loader(open_shards(tmp_path, number=12), TRANSFORM, batch_size=4)
     with pytest.raises(LoaderError, match="wds/toy: 11 of 12 validation images were read"):
@@ -113,7 +113,7 @@ def test_a_stream_that_holds_fewer_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named(workers: int) -> None:
+def test_a_damaged_image_raises(workers: int) -> None:
     loader = evaluation_loader([*IMAGES, (None, 0)], TRANSFORM, batch_size=4, workers=workers)
     with pytest.raises(LoaderError, match=r"^image number 11 cannot be read: AttributeError") as caught:
         top1(Brightness(), loader, 3)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import CELLS, SCALES, TEMPERATURE, Candidate, Case, Step, compiled, features
 from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.ofa import MODELS, PAIRS, Model
+from lfcc_kernels.bench.peers import pooling, whole_loss
 
 QUICK = ("deit_t", "convnext_t")
 
@@ -114,9 +114,9 @@ def _case(
 
     losses: dict[str, Candidate]
     if learnable:
-        losses = {"eager": peers.lfcc_filter_each_scale}
+        losses = {"eager": whole_loss.filter_each_scale}
     else:
-        losses = {"eager": peers.lfcc_project_maps, "eager, pooled first": peers.lfcc_pool_each_scale}
+        losses = {"eager": whole_loss.project_maps, "eager, pooled first": whole_loss.pool_each_scale}
     losses |= compiled(machine, losses) if compile else {}
     steps, formula = _cost(batch, mode, student, teacher, learnable, dtype.itemsize)
     return Case(
@@ -125,7 +125,7 @@ def _case(
         (batch, stages, len(SCALES)),
         mode,
         inputs,
-        {"ours": lfcc} | {name: partial(eager, loss) for name, loss in losses.items()},
+        {"lfcc": lfcc} | {name: partial(eager, loss) for name, loss in losses.items()},
         steps,
         formula,
         dtype=dtype,
@@ -156,7 +156,7 @@ def as_maps(model: Model, features: Sequence[Tensor]) -> list[Tensor]:
     if features[0].dim() == 4:
         return list(features)
     return [
-        peers.as_map(tokens, (grid, grid), model.prefix_tokens)
+        pooling.as_map(tokens, (grid, grid), model.prefix_tokens)
         for tokens, grid in zip(features, model.grids, strict=True)
     ]
 

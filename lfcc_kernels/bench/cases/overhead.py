@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import MODES, SCALES, TEMPERATURE, Candidate, Case, features, rows, upcast_on_cpu
 from lfcc_kernels.bench.machine import Machine
+from lfcc_kernels.bench.peers import contrast, pooling
 
 
 def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
@@ -21,11 +21,11 @@ def _both_ops(machine: Machine, mode: str, dtype: torch.dtype) -> tuple[Case, Ca
     common: dict[str, Any] = {"dtype": dtype, "calls": 20 if machine.tiny else 200, "quick": mode == "fwd"}
     map_shape, rows_shape = (2, 8, 8, 8), (2, 8)
     lowpass: dict[str, Candidate] = {
-        "ours": partial(lk.lowpass, scales=SCALES),
-        "eager": partial(peers.pool_each_scale, scales=SCALES),
+        "lfcc": partial(lk.lowpass, scales=SCALES),
+        "eager": partial(pooling.pool_each_scale, scales=SCALES),
     }
-    eager = upcast_on_cpu(machine, {"eager": partial(peers.contrast_dense, temperature=TEMPERATURE)}, dtype)
-    info_nce: dict[str, Candidate] = {"ours": partial(lk.info_nce, temperature=TEMPERATURE), **eager}
+    eager = upcast_on_cpu(machine, {"eager": partial(contrast.dense, temperature=TEMPERATURE)}, dtype)
+    info_nce: dict[str, Candidate] = {"lfcc": partial(lk.info_nce, temperature=TEMPERATURE), **eager}
 
     def one_map() -> tuple[Tensor]:
         return (features(machine, map_shape, mode != "fwd", dtype),)

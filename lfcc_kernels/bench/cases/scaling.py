@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers, ranks
+from lfcc_kernels.bench import ranks
 from lfcc_kernels.bench.cases import lfcc
 from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case, Step, features, rows
 from lfcc_kernels.bench.machine import Machine
+from lfcc_kernels.bench.peers import contrast, pooling
 
 MANY_SCALES = (1, 2, 4, 7, 14)
 
@@ -50,9 +51,9 @@ def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
 def _contrast(machine: Machine, dtype: torch.dtype, label: str, shape: tuple[int, int], **options) -> Case:
     shape = _narrow(machine, shape)
     calls: dict[str, Candidate] = {
-        "ours": lk.info_nce,
-        "eager": peers.contrast_dense,
-        "linear_cross_entropy": peers.contrast_linear_cross_entropy,
+        "lfcc": lk.info_nce,
+        "eager": contrast.dense,
+        "linear_cross_entropy": contrast.linear_cross_entropy,
     }
     candidates: dict[str, Candidate] = {name: partial(call, temperature=TEMPERATURE) for name, call in calls.items()}
     moved, pairs = 3 * math.prod(shape) * dtype.itemsize, shape[0] ** 2
@@ -76,16 +77,16 @@ def _lowpass(
 
     @cache
     def matrix(like: torch.dtype) -> Tensor:
-        return peers.stacked_averages(whole[2:], scales).to(machine.device, like)
+        return pooling.stacked_averages(whole[2:], scales).to(machine.device, like)
 
     def one_gemm(x: Tensor) -> Tensor:
-        return peers.pool_one_gemm(x, matrix(peers.upcast(x[:0]).dtype))
+        return pooling.one_gemm(x, matrix(contrast.upcast(x[:0]).dtype))
 
     def inputs() -> tuple[Tensor]:
         return (features(machine, whole, True, dtype),)
 
-    lowpass, eager = partial(lk.lowpass, scales=scales), partial(peers.pool_each_scale, scales=scales)
-    candidates: dict[str, Candidate] = {"ours": lowpass, "eager": eager, "one-GEMM": one_gemm}
+    lowpass, eager = partial(lk.lowpass, scales=scales), partial(pooling.pool_each_scale, scales=scales)
+    candidates: dict[str, Candidate] = {"lfcc": lowpass, "eager": eager, "one-GEMM": one_gemm}
     moved = 2 * (math.prod(whole) + math.prod(whole[:2]) * cells) * dtype.itemsize
     steps, formula = (Step(moved),), "2 X + 2 Y bytes"
     options |= {"dtype": dtype, "op": "lowpass", "size": math.prod(whole), "memory": True, "heaps": False}
@@ -108,7 +109,7 @@ def _across_ranks(machine: Machine, dtype: torch.dtype, number: int, shape: tupl
     shape = _narrow(machine, shape)
     make_rows = partial(rows, machine, shape, True, dtype)
     world = ranks.World(machine.device, number, make_rows)
-    losses = {"ours": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
+    losses = {"lfcc": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
     candidates = {name: world.candidate(partial(loss, temperature=TEMPERATURE)) for name, loss in losses.items()}
     options: dict[str, Any] = {"dtype": dtype, "axis": "ranks", "x": number, "memory": True, "heaps": False}
     label, all_rows = "info_nce-over-ranks", (number, *shape)

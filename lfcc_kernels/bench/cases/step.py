@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case
 from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.ofa import MODELS
+from lfcc_kernels.bench.peers import whole_loss
 
 if TYPE_CHECKING:  # listing cases must not import it, because it needs timm
     from lfcc_kernels.distill import Distiller
@@ -99,7 +99,7 @@ def _step(
             pyramids = zip(module.student_filters, student_maps, strict=True)
             filters = [pyramid.bank(*student_map.shape[2:]) for pyramid, student_map in pyramids]
             weights = list(module.student_projections.parameters())
-            return loss + peers.lfcc_filter_each_scale(
+            return loss + whole_loss.filter_each_scale(
                 student_maps, teacher_maps, weights, filters, scales, TEMPERATURE
             )
 
@@ -117,7 +117,7 @@ def _step(
         (batch, 3, side, side),
         "fwd+bwd",
         inputs,
-        {"ours": lfcc, "eager": eager},
+        {"lfcc": lfcc, "eager": eager},
         dtype=dtype,
         learner=learner,
         quick=quick,

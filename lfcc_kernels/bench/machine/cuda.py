@@ -4,13 +4,12 @@ import functools
 import gc
 import importlib.metadata
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 
-from lfcc_kernels.bench.machine.base import Call, Machine, slug
+from lfcc_kernels.bench.machine.base import Call, Machine, host_clock, slug
 from lfcc_kernels.bench.record import Request
 
 _SLEEP_CYCLES = 2e9  # cycles of torch.cuda._sleep per second, at the highest clock, so that it never ends too early
@@ -58,14 +57,14 @@ class Cuda(Machine):
         gc.disable()
         try:
             torch.cuda.synchronize()
-            return _host_clock(call, calls) if calls > 1 else _device_clock(call, head_start)
+            return host_clock(call, calls) if calls > 1 else _device_clock(call, head_start)
         finally:
             gc.enable()
 
     def host_seconds(self, call: Callable[[], object]) -> float:
         """With a margin, and at most 20 ms for a call that waits for the device."""
         torch.cuda.synchronize()
-        return min(1.5 * _host_clock(call, 1), 0.02)
+        return min(1.5 * host_clock(call, 1), 0.02)
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         stream = torch.cuda.Stream()
@@ -112,16 +111,6 @@ class Cuda(Machine):
             "packages": {name: version for name in _PACKAGES if (version := _version(name))},
             **super().environment(),
         }
-
-
-def _host_clock(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        results = call()
-    seconds = (time.perf_counter() - start) / calls
-    torch.cuda.synchronize()
-    del results
-    return seconds
 
 
 def _device_clock(call: Callable[[], object], head_start: float) -> float:
