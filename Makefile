@@ -56,9 +56,10 @@ test-full: ## run all tests, on the full product of every grid and in all schedu
 	$(PYTEST) $(IN_PARALLEL) --full
 	$(PYTEST) tests/offline
 
-lint: $(STAMPS)/lint ## check the style
+lint: $(STAMPS)/lint $(STAMPS)/torch ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(STAMPS)/docs ## build the documentation in build/site; broken links fail
 	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --strict

@@ -68,9 +68,9 @@ def _report(sources: list[Path], output: str) -> None:
 
         write_report(sources, output)
     elif len(sources) == 1:
-        from lfcc_kernels.bench.report import write_report
+        from lfcc_kernels.bench.report import write_report as write_bench_report
 
-        write_report(sources[0], output)
+        write_bench_report(sources[0], output)
     else:
         raise ValueError(f"report: got {', '.join(map(str, sources))}; expected one record of bench, or run folders")
 

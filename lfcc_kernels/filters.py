@@ -81,6 +81,8 @@ class Gaussian(nn.Module):
 class DCT(nn.Module):
     """The first s rows of the orthonormal DCT-II of each side, for every scale s."""
 
+    reference: Tensor
+
     def __init__(self, scales: tuple[int, ...]) -> None:
         super().__init__()
         self.scales = scales

@@ -123,11 +123,12 @@ class LFCCLoss(nn.Module):
         Returns:
             One tensor (B, cells, C_t) per stage, in the dtype of the parameters.
         """
-        pooled = self._low_pass("student", features, self._student_tokens, list(self.student_filters))
+        filters: list[LowPassPyramid] = list(self.student_filters)  # type: ignore[arg-type]  # ModuleList is not generic
+        pooled = self._low_pass("student", features, self._student_tokens, filters)
         # Pooling commutes with a linear map of the channels, so the few cells are projected and not the map.
         with torch.autocast(pooled[0].device.type, enabled=False):
             return [
-                projection(cells.to(projection.weight.dtype))
+                projection(cells.to(projection.weight.dtype))  # type: ignore[arg-type]  # ModuleList is not generic
                 for cells, projection in zip(pooled, self.student_projections, strict=True)
             ]
 
@@ -214,7 +215,7 @@ class LFCCLoss(nn.Module):
         return [grid.flatten(1) for pyramid in pyramids for grid in pyramid.split(cells, 1)]
 
     def _low_pass(
-        self, side: str, features: Sequence[Tensor], tokens: _TokenLayout, pyramids: Sequence[nn.Module]
+        self, side: str, features: Sequence[Tensor], tokens: _TokenLayout, pyramids: Sequence[LowPassPyramid]
     ) -> list[Tensor]:
         """Pyramids (B, cells, C) of all stages in one call."""
         if isinstance(features, Tensor) or len(features) != len(pyramids):
@@ -235,8 +236,9 @@ class LFCCLoss(nn.Module):
                     f"{expected}; expected a map (B, C, H, W) or tokens (B, N, C)"
                 )
             check_fit(feature_maps[-1], self.scales)
-        filters = [pyramid.filters_of(x) for pyramid, x in zip(pyramids, feature_maps, strict=True)]
-        return lowpass_of_maps(feature_maps, self.scales, None if filters[0] is None else filters)
+        pairs = [pyramid.filters_of(x) for pyramid, x in zip(pyramids, feature_maps, strict=True)]
+        filters = [pair for pair in pairs if pair is not None]
+        return lowpass_of_maps(feature_maps, self.scales, filters or None)
 
 
 def _frozen(module: LowPassPyramid) -> LowPassPyramid:

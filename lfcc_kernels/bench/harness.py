@@ -163,7 +163,7 @@ class Benchmark:
                 if error > tolerance:
                     entry.status, entry.note = "wrong", f"deviates by {error:.1e} of the largest value"
                 elif isinstance(entry.call, WithConversion):
-                    entry.call, entry.convert = entry.call.call, entry.call.convert
+                    entry.convert, entry.call = entry.call.convert, entry.call.call
                     entry.inputs = [_leaves(some, entry.convert) for some in self._inputs]
 
     def _expected(self, upstream: Tensor) -> tuple[Tensor, ...]:

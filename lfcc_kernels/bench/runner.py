@@ -185,7 +185,7 @@ def _line(rows: list[Row]) -> str:
 def _usable(machine: Machine) -> bool:
     """Whether the device still computes."""
     try:
-        return torch.randn(8, device=machine.device).sum().isfinite().item()
+        return bool(torch.randn(8, device=machine.device).sum().isfinite())
     except Exception:
         return False
 

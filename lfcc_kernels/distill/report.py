@@ -78,10 +78,10 @@ def text_table(rows: Rows) -> str:
 
 
 def _load(folders: Sequence[str | Path]) -> list[Run]:
-    folders = [Path(folder).resolve() for folder in folders]
-    short = len({folder.name for folder in folders}) == len(folders)
+    paths = [Path(folder).resolve() for folder in folders]
+    short = len({path.name for path in paths}) == len(paths)
     runs = []
-    for folder in folders:
+    for folder in paths:
         epochs, versions = read_csv(folder / "summary.csv"), folder / "versions.json"
         if not epochs:
             raise FileNotFoundError(

@@ -151,11 +151,11 @@ def _backward_foreach(backend, ctx, grads):
                     grads[n], x, ctx.scales, row_filters[n], col_filters[n], grid if grid[0] else [],
                     ctx.prefix_tokens[n],
                 )  # fmt: skip
-    grad_maps, grad_rows, grad_cols = (
+    of_maps, of_rows, of_cols = (
         [once_differentiable(gradient, inputs) for gradient in gradients]
         for gradients in (grad_maps, grad_rows, grad_cols)
     )
-    return grad_maps, None, grad_rows, grad_cols, None, None
+    return of_maps, None, of_rows, of_cols, None, None
 
 
 register_autograd("lowpass_foreach", _setup_foreach, _backward_foreach)

@@ -178,11 +178,9 @@ extern "C" {
 __attribute__((used, visibility("default"))) inline void lfcc_emulation_schedule(unsigned schedule) {
   lfcc::emulation::machine.schedule = schedule;
 }
-// The largest dynamic shared memory with which a kernel was launched, 0 for a name that was not launched.
+// The largest dynamic shared memory with which a kernel was launched since the last call, 0 if it was not launched.
 __attribute__((used, visibility("default"))) inline size_t lfcc_emulation_shared_bytes(const char* kernel) {
-  const auto& known = lfcc::emulation::machine.shared_bytes_of;
-  const auto found = known.find(kernel);
-  return found == known.end() ? 0 : found->second;
+  return std::exchange(lfcc::emulation::machine.shared_bytes_of[kernel], 0);
 }
 
 }

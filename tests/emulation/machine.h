@@ -77,7 +77,7 @@ struct Machine {
   std::mutex mutex;
   unsigned schedule = 0;
   uint64_t random = 0;
-  std::map<std::string, size_t> shared_bytes_of;  // the largest dynamic shared memory of each kernel
+  std::map<std::string, size_t> shared_bytes_of;  // the largest dynamic shared memory of each kernel, until it is read
 
   const char* name = nullptr;
   void (*kernel)(const void* arguments) = nullptr;

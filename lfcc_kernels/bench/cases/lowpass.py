@@ -143,7 +143,7 @@ def _learnable(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype) ->
     def one_gemm(x: Tensor, row_filters: Tensor, col_filters: Tensor) -> Tensor:
         return pooling.one_gemm(x, pooling.stacked_filters(row_filters, col_filters, SCALES))
 
-    products = {"eager": partial(pooling.filter_each_scale, scales=SCALES), "one-GEMM": one_gemm}
+    products: dict[str, Candidate] = {"eager": partial(pooling.filter_each_scale, scales=SCALES), "one-GEMM": one_gemm}
     candidates = {"lfcc": lowpass} | _products(machine, products, dtype)
     cost = _cost(shape, mode, dtype.itemsize, backward_reads=True)
     return _case("learnable", shape, mode, dtype, inputs, candidates, cost)

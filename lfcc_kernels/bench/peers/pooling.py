@@ -51,7 +51,7 @@ def pool_by_halving(x: Tensor, scales: Sequence[int], halve: Callable[[Tensor], 
     return _pyramid([grids[scale] for scale in scales])
 
 
-def stacked_averages(grid: tuple[int, int], scales: Sequence[int]) -> Tensor:
+def stacked_averages(grid: Sequence[int], scales: Sequence[int]) -> Tensor:
     """The windows of `adaptive_avg_pool2d` as one matrix (cells, H * W), in float64."""
     units = (torch.eye(side, dtype=torch.float64)[None] for side in grid)
     rows, cols = (torch.cat([F.adaptive_avg_pool1d(unit, scale)[0].t() for scale in scales]) for unit in units)

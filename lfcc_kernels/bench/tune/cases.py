@@ -121,14 +121,15 @@ def crossovers(sizes: Sizes) -> Iterator[Crossover]:
 
 def _lowpass_cases(layout: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Case]:
     batch, channels, height, width = size
-    average, channels_last = (None, None, [], 0), layout == "channels_last"
+    average: tuple[None, None, list[int], int] = (None, None, [], 0)
+    channels_last = layout == "channels_last"
 
     def inputs() -> tuple[Tensor, ...]:
         x = _randn(*size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
         rows, cols = (_randn(sum(SCALES), side, dtype=torch.float32) for side in (height, width))
         return x, rows, cols, _randn(batch, CELLS, channels, dtype=dtype)
 
-    ops = {
+    ops: dict[str, tuple[Callable[..., Results], Callable[..., Results]]] = {
         "average": (
             lambda x, rows, cols, grad: [lp.lowpass(x, SCALES, *average)],
             lambda x, rows, cols, grad: [eager.lowpass(x, SCALES, *average)],
@@ -163,7 +164,7 @@ def _info_nce_cases(rows: int, width: int, dtype: torch.dtype, settings: Mapping
     def losses(student: Tensor, teacher: Tensor, symmetric: bool) -> Tensor:
         return eager.info_nce(student, teacher, *options, symmetric, True, False)
 
-    ops = {
+    ops: dict[str, tuple[Callable[..., Results], Callable[..., Results]]] = {
         "one pass": (
             lambda s, t, grad, row_lse, col_lse: nce.info_nce_one_pass(s, t, *options, True, True)[:3],
             lambda s, t, grad, row_lse, col_lse: [
@@ -177,7 +178,7 @@ def _info_nce_cases(rows: int, width: int, dtype: torch.dtype, settings: Mapping
             lambda s, t, grad, row_lse, col_lse: [losses(s, t, True).mean(), row_lse, col_lse],
         ),
         "symmetric gradient": (
-            lambda s, t, grad, *lse: nce.info_nce_grad(grad, s, t, *options, True, True, *lse, False)[:1],
+            lambda s, t, grad, *lse: nce.info_nce_grad(grad, s, t, *options, True, True, lse[0], lse[1], False)[:1],
             lambda s, t, grad, *lse: _gradients(lambda s: losses(s, t, True), [s], grad),
         ),
     }
@@ -199,7 +200,7 @@ def _foreach_case(rows: int, sizes: Sizes, dtype: torch.dtype, settings: Mapping
     def oracle(students: list[Tensor], teachers: list[Tensor]) -> Results:
         def losses(*students: Tensor) -> Tensor:
             pairs = zip(students, teachers, strict=True)
-            return torch.stack([eager.info_nce(*pair, *options, False, True, False) for pair in pairs])
+            return torch.stack([eager.info_nce(s, t, *options, False, True, False) for s, t in pairs])
 
         expected = losses(*students)
         gradients = _gradients(losses, students, torch.ones_like(expected))
@@ -208,7 +209,7 @@ def _foreach_case(rows: int, sizes: Sizes, dtype: torch.dtype, settings: Mapping
     return Case(f"info_nce_foreach {rows} {widths} {dtype}", inputs, triton, oracle, TOLERANCES[dtype], settings)
 
 
-def _gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> Results:
+def _gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     return torch.autograd.grad(f(*leaves), leaves, grad)
 
