@@ -143,14 +143,12 @@ class Distiller(nn.Module):
             0-d tensors: "loss", the weighted sum, and the unweighted terms "ce", "kd", "lfcc" whose weight is not 0;
             and "logits" (B, classes).
         """
-        pending = None
-        if labels is not None and "lfcc" in self.weights and cached is None:
-            pending = self.lfcc.gather_async(teacher_outputs.pyramids, ids)
+        contrasts = labels is not None and "lfcc" in self.weights and cached is None
+        pending = self.lfcc.gather_async(teacher_outputs.pyramids, ids) if contrasts else None
         logits, features = self.student(images)
         self._end_phase("student")
         if logits.requires_grad and self.on_phase is not None:
-            # Runs in the backward pass between the losses and the student.
-            logits.register_hook(lambda grad: self._end_phase("loss"))
+            logits.register_hook(lambda grad: self._end_phase("loss"))  # after the backward pass of the losses
         pyramids = self._pool(features)
         if labels is None:
             return StudentOutputs(logits, pyramids)
