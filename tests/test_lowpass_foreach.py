@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracles import assert_close_to_truth, gradients, in_float64, rounding, torch_lowpass
+from test_compile import assert_same
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
@@ -107,11 +108,7 @@ def test_compiled(kernels: str) -> None:
         return torch.cat([y.flatten(1) for y in lowpass_foreach(inputs, (1, 2))], dim=1)
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
-    expected = torch.autograd.grad(function(*inputs).sum(), inputs)
-    for result, same in zip(torch.autograd.grad(compiled(*inputs).sum(), inputs), expected, strict=True):
-        torch.testing.assert_close(result, same)
+    assert_same(torch.compile(function, fullgraph=True, backend="aot_eager"), function, inputs)
 
 
 def test_the_loss_pools_all_stages_in_one_call() -> None:

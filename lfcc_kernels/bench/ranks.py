@@ -123,11 +123,11 @@ class World:
     def _follower(self, rank: int, store: str, threads: int) -> Connection:
         """Starts another rank; returns the pipe to it."""
         spawn = get_context("spawn")
-        pipe, theirs = spawn.Pipe()
-        arguments = (self._device, rank, self._size, store, theirs, threads, self._make_rows)
+        pipe, remote = spawn.Pipe()
+        arguments = (self._device, rank, self._size, store, remote, threads, self._make_rows)
         process = spawn.Process(target=_follow, args=arguments, daemon=True)
         process.start()
-        theirs.close()  # so that the end of the process closes the pipe
+        remote.close()  # so that the end of the process closes the pipe
         self._exit_stack.callback(_end, process, pipe)
         return pipe
 
