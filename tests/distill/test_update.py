@@ -131,7 +131,7 @@ def test_generator_advances_as_in_one_pass() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_statistics_of_batchnorm_are_updated_once() -> None:
+def test_statistics_of_batchnorm_advance_once() -> None:
     distiller, parts = distiller_of("test_resnet").train(), split(batch_of(), 2)
     once = copy_of(distiller)
     for part in parts:
