@@ -91,7 +91,9 @@ def test_a_run_with_the_cache_equals_one_with_the_teacher(
     assert len(live) == len(cached) == 10
     for found, expected in zip(cached, live, strict=True):
         for term in ("loss", "ce", "kd", "lfcc", "grad_norm"):
-            assert found[term] == pytest.approx(expected[term], rel=1e-4), (expected["step"], term)
+            # kd is a small difference of logarithms times the squared temperature, rounded in float32
+            tolerance = pytest.approx(expected[term], rel=1e-4, abs=1e-6 if term == "kd" else None)
+            assert found[term] == tolerance, (expected["step"], term)
 
 
 def test_output_and_a_second_run(made: Path, run_file: Path, capsys: pytest.CaptureFixture) -> None:

@@ -56,10 +56,15 @@ def gradients(distiller: Distiller, batches: list[Batch], **settings) -> tuple[d
     return terms, {name: before[name] - p.detach() for name, p in distiller.named_parameters()}
 
 
+# Logit KD is a small difference of logarithms around 2, times the squared temperature; float32 rounds each logarithm.
+KD_ERROR = 1e-6
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 2e-5) -> None:
     for name in expected:
         error, scale = (found[name] - expected[name]).abs().max(), expected[name].abs().max()
-        assert error <= rtol * scale + 1e-7, f"{name} is off by {error / scale:.1e}"
+        atol = KD_ERROR if name == "kd" else 1e-7
+        assert error <= rtol * scale + atol, f"{name} is off by {error / scale:.1e}"
 
 
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student", "symmetric"])
