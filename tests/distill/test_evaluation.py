@@ -112,6 +112,5 @@ def test_a_stream_with_fewer_images_than_declared_raises(tmp_path: Path) -> None
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_raises(workers: int) -> None:
     loader = evaluation_loader([*IMAGES, (None, 0)], TRANSFORM, batch_size=4, workers=workers)
-    with pytest.raises(LoaderError, match=r"^image number 11 cannot be read: AttributeError") as caught:
+    with pytest.raises(LoaderError, match=r"^image number 11 cannot be read: AttributeError.*\Z"):  # one line
         top1(Brightness(), loader, 3)
-    assert "\n" not in str(caught.value)

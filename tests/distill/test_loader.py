@@ -168,9 +168,8 @@ def test_a_damaged_image_raises(workers: int, tmp_path: Path) -> None:
     broken = tmp_path / "train" / "cat" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
     images = open_dataset("folder", tmp_path, "train")
-    with pytest.raises(LoaderError, match=f"^image {broken} cannot be read: .+") as caught:
+    with pytest.raises(LoaderError, match=rf"^image {broken} cannot be read: .+\Z"):  # one line
         list(TrainBatches(images, PLAIN, batch_size=2, seed=0, workers=workers).epoch(0))
-    assert "\n" not in str(caught.value)
 
 
 class Killing:
