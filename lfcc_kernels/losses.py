@@ -101,8 +101,8 @@ class LFCCLoss(nn.Module):
             ids: Integers (B,). Images with equal ids are not negatives of each other.
 
         Returns:
-            Scalar of float32 (float64 for float64 parameters); with `return_parts` a pair of it and
-            {(stage, scale): scalar}.
+            Scalar of float32 (float64 for float64 parameters). With `return_parts` a pair of it and a dict of the
+            scalar losses by (stage, scale).
 
         Raises:
             TypeError: A feature is not a tensor or has an unsupported dtype.

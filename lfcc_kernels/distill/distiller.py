@@ -140,8 +140,8 @@ class Distiller(nn.Module):
             cached: result of `cache_gradients`, replaces the LFCC loss in an update of several batches.
 
         Returns:
-            0-d tensors: "loss", the weighted sum, and the unweighted terms "ce", "kd", "lfcc" whose weight is not 0;
-            and "logits" (B, classes).
+            The 0-d tensors "loss", the weighted sum, and "ce", "kd", "lfcc", the unweighted terms whose weight is not
+            0; and "logits" (B, classes).
         """
         contrasts = labels is not None and "lfcc" in self.weights and cached is None
         pending = self.lfcc.gather_async(teacher_outputs.pyramids, ids) if contrasts else None
