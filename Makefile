@@ -1,9 +1,9 @@
-# Every target starts from nothing: it makes the environment, installs, compiles and runs; a second run reuses
-# what is there. `make` lists the targets.
+# Every target works in a new checkout: it creates the environment, installs, compiles and runs; a second run reuses
+# these results. `make` lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
-# An environment of your own (VENV=...) keeps the torch it has.
+# An existing environment (VENV=...) keeps its torch.
 TORCH ?= $(if $(filter .venv,$(VENV)),torch==2.14.1 torchvision==0.29.1,torch torchvision)
 OTHER_TORCH ?= torch==2.13.0
 OLD_TRITON := triton==3.6.0
@@ -23,7 +23,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make TARGET, with PYTHON=, VENV=, TORCH= where the defaults do not suit:"
+	@echo "make TARGET, with PYTHON=, VENV= or TORCH= to change the defaults:"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 16
 
 demo: $(STAMPS)/demo ## train a small ViT with a CNN teacher on CIFAR-10; DATA=folder reads CIFAR-10 from there
@@ -32,14 +32,14 @@ demo: $(STAMPS)/demo ## train a small ViT with a CNN teacher on CIFAR-10; DATA=f
 demo-ddp: $(STAMPS)/demo ## train it in one process and in two that split each batch, and compare the losses
 	$(BIN)/python examples/cifar10/two_processes.py $(if $(DATA),--data '$(DATA)')
 
-# Tests of the offline compilation are parallel themselves, and print their tables from one process.
+# Tests of the offline compilation run in parallel themselves, and print their tables from one process.
 PYTEST := $(BIN)/python -m pytest
 IN_PARALLEL := -n auto --dist loadgroup --ignore tests/offline
 WITH_OLD_TRITON := PYTHONPATH=$(OLD_TRITON_AT) $(PYTEST)
-# While packages are downloaded the kernels are compiled, and the CUDA kernels for their emulation on the CPU.
+# Compiles the kernels, and the CUDA kernels for their emulation on the CPU, while packages are downloaded.
 PREPARE := @$(MAKE) --no-print-directory -j 2
 
-test: ## run the tests that every change should pass, some minutes
+test: ## run the tests that every change must pass, some minutes
 	$(PREPARE) $(STAMPS)/test $(STAMPS)/emulation
 	$(PYTEST) $(IN_PARALLEL) -m 'not slow'
 
@@ -56,19 +56,20 @@ test-full: ## run all tests, on the full product of every grid and in all schedu
 	$(PYTEST) $(IN_PARALLEL) --full
 	$(PYTEST) tests/offline
 
-lint: $(STAMPS)/lint ## check the style
+lint: $(STAMPS)/lint $(STAMPS)/torch ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(STAMPS)/docs ## build the documentation in build/site; broken links fail
 	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --strict
 
-bench: $(STAMPS)/bench $(STAMPS)/peers ## measure the kernels against their peers, half an hour
+bench: $(STAMPS)/bench $(STAMPS)/peers ## benchmark the kernels against other implementations, half an hour
 	$(BIN)/lfcc bench
 
-# It takes the packages that PYTHON has and downloads nothing. What fails, or tests that take more than four minutes,
-# do not keep the rest from running. Under compute-sanitizer torch keeps no memory, which would hide what reaches past a
-# tensor, and errors of the CUDA API, which torch's looking for functions of the driver gives, do not count.
+# Uses the packages of PYTHON and downloads nothing. A failure, or tests that run for more than four minutes, do not stop
+# the rest. Under compute-sanitizer torch caches no memory, because the cache would hide accesses past the end of a
+# tensor; errors of the CUDA API are ignored, because torch causes some when it searches for driver functions.
 gpu: ## build, test and measure on an NVIDIA GPU with the packages of PYTHON: torch, ninja, pybind11, pytest
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"make gpu: torch {torch.__version__} of $(PYTHON) sees no NVIDIA GPU")'
 	@failed=; export PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH}; \
@@ -99,7 +100,7 @@ check-wheel: wheel ## test that wheel in a second environment with OTHER_TORCH
 	@cp -r tests pyproject.toml build/other
 	cd build/other && bin/lfcc info && bin/pytest tests/test_lowpass.py tests/test_info_nce.py
 
-clean: ## remove what the build made; the environment stays, `rm -rf .venv` removes it
+clean: ## remove the results of builds; `rm -rf .venv` removes the environment
 	rm -rf build dist *.egg-info lfcc_kernels/*.so .pytest_cache .ruff_cache $(STAMPS)/built $(STAMPS)/emulation
 
 $(BIN)/pip:
@@ -125,7 +126,7 @@ $(STAMPS)/torch: $(STAMPS)/requested
 	@$(PIP) install $(TORCH) numpy 'setuptools>=77' wheel ninja 'pybind11>=2.13'
 	@touch $@
 
-# The stamp stays away where there was no compiler, so that the next run tries again.
+# Without a compiler the stamp is not written, so that the next run tries again.
 $(STAMPS)/built: $(SOURCES) $(STAMPS)/torch
 	@echo "== compiling and installing lfcc_kernels (a minute or two, less when little of csrc/ changed)"
 	@$(PIP) install --no-build-isolation --no-deps --editable .
@@ -137,13 +138,13 @@ $(STAMPS)/emulation: $(SOURCES) tests/emulation/build.py $(wildcard tests/emulat
 	@$(BIN)/python tests/emulation/build.py && $(BIN)/python tests/emulation/build.py --sanitize
 	@touch $@
 
-# Beside the environment, since it has a Triton of its own; with the newest numpy that Triton's interpreter takes.
+# In a separate folder, because the environment has its own Triton; with the newest numpy that its interpreter supports.
 $(STAMPS)/triton: Makefile $(STAMPS)/torch
 	@echo "== installing $(OLD_TRITON)"
 	@$(PIP) install --no-deps --upgrade --target $(OLD_TRITON_AT) $(OLD_TRITON) 'numpy<2.4'
 	@touch $@
 
-# The package is installed already, so this brings only what the extra adds.
+# The package is already installed, so this installs only the packages of the extra.
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch | $(STAMPS)/built
 	@echo "== installing the packages of lfcc-kernels[$*]"
 	@$(PIP) install 'lfcc-kernels[$*]'

@@ -1,4 +1,4 @@
-"""The command line `lfcc`. A mistake of the user ends in one line on stderr and exit code 1."""
+"""The command line `lfcc`. User errors print one line to stderr; the exit code is 1."""
 
 import argparse
 import sys
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _COMMANDS = {
-    "info": "what is built, what is available, and why not",
-    "inspect": "taps of a timm model: widths, grids, prefix tokens",
-    "cache": "keep what a teacher says of a data set, for runs of distill that then do not load it",
+    "info": "print versions, backends and build, with the reason if a backend is missing",
+    "inspect": "list the taps of a timm model: channels, grids, prefix tokens",
+    "cache": "store a teacher's outputs for a data set, so that runs of distill need not load the teacher",
     "distill": "train a student with a teacher",
-    "bench": "measure the kernels and the loss against their peers",
-    "report": "a page of tables and pictures from run folders, or from a record of bench",
+    "bench": "benchmark the kernels and the loss against other implementations",
+    "report": "write an HTML page with tables and plots of run folders, or of a record of bench",
 }
 
 
@@ -23,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("lfcc_kernels"):
             raise
-        return _fail(
-            f"{error.name} is not installed; pip install 'lfcc-kernels[train,data,report,bench]' brings what is missing"
-        )
+        return _fail(f"{error.name} is not installed; run pip install 'lfcc-kernels[train,data,report,bench]'")
     except (OSError, ValueError, FloatingPointError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -33,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    # The libraries behind a command are imported with it, so that `lfcc info` needs torch alone.
+    # Each command imports its own libraries, so `lfcc info` needs torch only.
     if argv[:1] == ["distill"]:
         from lfcc_kernels.distill.command import distill
 
@@ -70,11 +68,11 @@ def _report(sources: list[Path], output: str) -> None:
 
         write_report(sources, output)
     elif len(sources) == 1:
-        from lfcc_kernels.bench.report import write_report
+        from lfcc_kernels.bench.report import write_report as write_bench_report
 
-        write_report(sources[0], output)
+        write_bench_report(sources[0], output)
     else:
-        raise ValueError(f"report: one record of bench, or run folders; got {', '.join(map(str, sources))}")
+        raise ValueError(f"report: got {', '.join(map(str, sources))}; expected one record of bench, or run folders")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = {name: commands.add_parser(name, help=text, description=text) for name, text in _COMMANDS.items()}
     add["inspect"].add_argument("model", help="name of a timm model")
-    add["inspect"].add_argument("--img-size", type=int, metavar="PX", help="side of the images")
-    add["report"].add_argument("source", nargs="+", help="run folder, or the JSON file of a record")
-    add["report"].add_argument("-o", "--output", default="report", help="folder for the page (%(default)s)")
+    add["inspect"].add_argument("--img-size", type=int, metavar="PX", help="image size (default: the model's own)")
+    add["report"].add_argument("source", nargs="+", help="run folders, or the JSON file of a record")
+    add["report"].add_argument("-o", "--output", default="report", help="folder of the page (default: %(default)s)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Atomic writes: after a crash a file is the old or the new one."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _TEMPORARY = ".tmp-"
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write that takes the place of `path` when the block ends without an exception."""
+    """A binary file that replaces `path` when the block ends without an exception."""
     path = Path(path)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     try:
@@ -24,7 +24,13 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path: str | Path, data: str | bytes) -> None:
+    """Write a file with `replace_file`."""
+    with replace_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
 def remove_stale(folder: str | Path) -> None:
-    """Delete what a killed process left half-written in `folder`."""
+    """Delete the unfinished files of a killed process in `folder`."""
     for temporary in Path(folder).glob(f"{_TEMPORARY}*"):
         temporary.unlink()

@@ -46,8 +46,8 @@ def lowpass(
         prefix_tokens: Number of class and register tokens at the front, which are skipped. Not for maps.
 
     Returns:
-        Tensor (B, cells, C) in the dtype of `x`, with cells = sum of s * s: scales in the given order, row-major
-        within a scale.
+        Tensor (B, cells, C) in the dtype of `x`, with cells = sum of s * s. Scales are in the given order,
+        row-major within a scale.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -154,7 +154,7 @@ def info_nce(
         reduction: "mean" over the B rows, or "none".
 
     Returns:
-        Tensor of float32 (float64 for float64 inputs): a scalar, or (B,) for reduction="none".
+        Tensor of float32 (float64 for float64 inputs), a scalar or (B,) for reduction="none".
 
     Raises:
         TypeError: An argument has the wrong type or dtype.

@@ -1,7 +1,4 @@
-"""Self-contained HTML pages with tables and pictures, for the reports of `lfcc report`.
-
-Needs the extra `lfcc-kernels[report]`.
-"""
+"""Self-contained HTML pages with tables and plots, used by `lfcc report`. Needs the extra `lfcc-kernels[report]`."""
 
 import base64
 import html
@@ -12,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 
 Rows = Sequence[Mapping[str, object]]
 
@@ -41,8 +38,7 @@ def write_html(page: Path, title: str, body: Sequence[str]) -> Path:
     """Write a page with this HTML body; returns its path."""
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     lines = ["<!doctype html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>\n"]
-    with replace_file(page) as file:
-        file.write("\n".join(lines).encode())
+    write_file(page, "\n".join(lines))
     return page
 
 
@@ -50,8 +46,7 @@ def write_picture(picture: Picture, output: Path) -> str:
     """Write the PNG file; returns HTML that embeds it."""
     png = io.BytesIO()
     picture.figure.savefig(png, format="png", dpi=120)
-    with replace_file(output / f"{picture.name}.png") as file:
-        file.write(png.getvalue())
+    write_file(output / f"{picture.name}.png", png.getvalue())
     title, source = html.escape(picture.title), base64.b64encode(png.getvalue()).decode()
     return (
         f'<h2>{title}</h2>\n<figure><img alt="{title}" src="data:image/png;base64,{source}">\n'

@@ -1,4 +1,4 @@
-"""What `lfcc info` prints: versions, backends and why not, what was built, what is missing."""
+"""The report of `lfcc info`: versions, backends and reasons if they are missing, build, threads, optional packages."""
 
 import importlib.metadata
 import os
@@ -10,12 +10,13 @@ import torch
 import lfcc_kernels
 from lfcc_kernels.backends import cuda, native, triton
 from lfcc_kernels.ops import dispatch
+from lfcc_kernels.version import package_version
 
 _DISTRIBUTION = "lfcc-kernels"
 
 
 def report() -> str:
-    """The state of this installation as readable text; needs torch alone."""
+    """The state of this installation as text; needs torch only."""
     sections = {
         f"lfcc_kernels {lfcc_kernels.__version__}": _versions(),
         "backends": _backends(),
@@ -49,19 +50,19 @@ def _backends() -> dict[str, str]:
         "cuda": f"not available: {cuda.missing()}" if cuda.missing() else "available: compiled, CUDA tensors",
         "in use": f"{chosen}, from LFCC_BACKEND"
         if chosen
-        else f"auto: {_measured()}the first of cpu, triton and cuda that can serve, else eager",
+        else f"auto: {_measured()}the first available of cpu, triton and cuda, otherwise eager",
     }
 
 
 def _measured() -> str:
-    """What `auto` goes by first: for each kind of device the records behind its table."""
+    """The records behind the dispatch table of `auto`, by device."""
     devices = {name: sorted({line["record"] for line in lines}) for name, lines in dispatch.table().items() if lines}
     records = "; ".join(f"on {name} {', '.join(records)}" for name, records in devices.items())
-    return f"by table ({records}), else " if records else ""
+    return f"by table ({records}), otherwise " if records else ""
 
 
 def _triton() -> str:
-    import triton as compiler  # it is there, since nothing is missing
+    import triton as compiler  # installed, because nothing is missing
 
     version = compiler.__version__
     if triton.INTERPRET:
@@ -76,7 +77,7 @@ def _build() -> dict[str, str]:
     if native.missing:
         return {"none": "see backend cpu"}
     if native.host is None:
-        return {"unknown": "lfcc_kernels/_host is missing or of another Python; no kernel needs it"}
+        return {"unknown": "lfcc_kernels/_host is missing or for another Python; the kernels do not need it"}
     facts = native.host.build()
     return {
         "compiler": facts["compiler"],
@@ -85,15 +86,15 @@ def _build() -> dict[str, str]:
         "CPU levels": f"{facts['cpu_levels']}; this CPU runs {native.host.cpu_level()}",
         "CUDA": f"nvcc {facts['cuda']} for {facts['cuda_architectures']}"
         if facts["cuda"]
-        else "none: a build with LFCC_BUILD_CUDA=1 has CUDA kernels or says what is missing",
+        else "none: build with LFCC_BUILD_CUDA=1 to get CUDA kernels or the reason why not",
     }
 
 
 def _threads() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "torch": f"{torch.get_num_threads()}, set by torch.set_num_threads or OMP_NUM_THREADS",
-        "cores": f"{cores} that this process may use",
+        "torch": f"{torch.get_num_threads()}; change with torch.set_num_threads or OMP_NUM_THREADS",
+        "cores": f"{cores} available to this process",
     }
 
 
@@ -101,7 +102,7 @@ def _extras() -> dict[str, str]:
     try:
         requirements = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        return {"unknown": f"{_DISTRIBUTION} is not installed, it runs from its folder; try `pip install .`"}
+        return {"unknown": f"{_DISTRIBUTION} is not installed but runs from its folder; run `pip install .`"}
     extras: dict[str, list[str]] = {}
     for requirement in requirements:
         match = re.match(r"""([\w.-]+).*extra == ['"](\w+)['"]""", requirement)
@@ -111,12 +112,8 @@ def _extras() -> dict[str, str]:
 
 
 def _installed(extra: str, packages: list[str]) -> str:
-    found, missing = [], []
-    for package in packages:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
-    if missing:
+    versions = {package: package_version(package) for package in packages}
+    found = [f"{package} {version}" for package, version in versions.items() if version]
+    if missing := [package for package in packages if not versions[package]]:
         found.append(f"missing {', '.join(missing)} (pip install '{_DISTRIBUTION}[{extra}]')")
     return ", ".join(found)

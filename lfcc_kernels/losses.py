@@ -1,176 +1,16 @@
-"""Loss modules. They own the trainable parameters and call the functional API."""
+"""`LFCCLoss`: filters and projections of the student, and the contrast of all stages and scales."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lfcc_kernels._checks import FeatureMap, check_fit, check_map, check_scales
-from lfcc_kernels.backends.dtypes import accumulator
-from lfcc_kernels.distributed import GatheredKeys, PendingKeys, contrast_across_ranks, resolve_group
-from lfcc_kernels.filters import BANKS
-from lfcc_kernels.functional import DIRECTIONS, info_nce, info_nce_foreach, lowpass_of_maps
-
-Gather = str | dist.ProcessGroup
-
-
-class LowPassPyramid(nn.Module):
-    """Low-pass a feature map at several scales with a filter bank.
-
-    Args:
-        scales: Sizes of the output grids, s x s each.
-        filter: "average" (adaptive windows), "learnable" (trainable weights within those windows, initialised to the
-            average), "gaussian" (trainable width) or "dct" (the first s x s coefficients of the DCT-II).
-
-    Raises:
-        TypeError: `scales` is not a sequence of ints.
-        ValueError: `scales` has no entry or one below 1, or `filter` is unknown.
-    """
-
-    def __init__(self, scales: Sequence[int] = (1, 2, 4), filter: str = "average") -> None:
-        super().__init__()
-        if filter not in BANKS:
-            raise ValueError(f"LowPassPyramid: filter is {filter!r}; expected one of {', '.join(BANKS)}")
-        self.scales = check_scales("LowPassPyramid", scales)
-        self.bank = BANKS[filter](self.scales)
-
-    def forward(self, x: Tensor, *, grid: tuple[int, int] | None = None, prefix_tokens: int = 0) -> Tensor:
-        """Low-pass one map.
-
-        Args:
-            x: Map (B, C, H, W) or tokens (B, N, C), as for `lowpass`.
-            grid: (H, W) of tokens, as for `lowpass`.
-            prefix_tokens: Number of class and register tokens, as for `lowpass`.
-
-        Returns:
-            Tensor (B, cells, C) in the dtype of `x`, with cells = sum of s * s.
-        """
-        feature_map = check_map("LowPassPyramid: x", x, grid, prefix_tokens)
-        check_fit(feature_map, self.scales)
-        filters = self.filters_of(feature_map)
-        return lowpass_of_maps([feature_map], self.scales, None if filters is None else [filters])[0]
-
-    def filters_of(self, feature_map: FeatureMap) -> tuple[Tensor, Tensor] | None:
-        """(row_filters, col_filters) of the bank for a map, as for `lowpass`; None for the average."""
-        row_filters, col_filters = self.bank(feature_map.height, feature_map.width)
-        if row_filters is None or col_filters is None:
-            return None
-        dtype = accumulator(feature_map.x.dtype)
-        return row_filters.to(dtype), col_filters.to(dtype)
-
-
-class InfoNCELoss(nn.Module):
-    """`info_nce` with an optionally trainable temperature and negatives from all ranks.
-
-    Args:
-        temperature: Positive number; the initial value if it is trainable.
-        direction: "student_to_teacher", "teacher_to_student" or "symmetric".
-        learnable_temperature: Train log(temperature), which keeps the temperature positive.
-        gather: "auto" contrasts with the rows of all ranks if a process group is initialised, "none" with those of
-            this rank; a `ProcessGroup` selects the ranks. Every rank needs the same number of rows (drop_last=True).
-
-    Raises:
-        ValueError: An argument has an unsupported value.
-    """
-
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        direction: str = "student_to_teacher",
-        learnable_temperature: bool = False,
-        gather: Gather = "auto",
-    ) -> None:
-        super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"InfoNCELoss: temperature is {temperature}; expected a positive finite number, e.g. 0.1")
-        if direction not in DIRECTIONS:
-            raise ValueError(f"InfoNCELoss: direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}")
-        if isinstance(gather, str) and gather not in ("auto", "none"):
-            raise ValueError(f"InfoNCELoss: gather is {gather!r}; expected 'auto', 'none' or a ProcessGroup")
-        self.direction, self.gather = direction, gather
-        if learnable_temperature:
-            # One element, because FSDP does not support 0-d parameters.
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
-        else:
-            self._temperature = temperature
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The temperature as `info_nce` expects it: a float, or a 0-d tensor if it is trainable."""
-        return self.log_temperature.float().exp().squeeze(0) if hasattr(self, "log_temperature") else self._temperature
-
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        student_ids: Tensor | None = None,
-        teacher_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The mean loss of this rank's rows.
-
-        Args:
-            student: (B, D).
-            teacher: (B, D); row i is the positive of student row i.
-            student_ids: Integers (B,), as for `info_nce`.
-            teacher_ids: Integers (B,), as for `info_nce`.
-
-        Returns:
-            Scalar of float32 (float64 for float64 inputs).
-
-        Raises:
-            TypeError: As `info_nce`.
-            ValueError: As `info_nce`; also, on every rank, if the gathered rows differ between ranks.
-        """
-        group = resolve_group(self.gather)
-        if group is not None:
-            options = self.temperature, self.direction, student_ids, teacher_ids, group
-            return contrast_across_ranks([student], [teacher], *options).squeeze(0)
-        return info_nce(
-            student,
-            teacher,
-            temperature=self.temperature,
-            direction=self.direction,
-            student_ids=student_ids,
-            teacher_ids=teacher_ids,
-        )
-
-    def forward_many(
-        self,
-        students: Sequence[Tensor],
-        teachers: Sequence[Tensor],
-        ids: Tensor | None = None,
-        *,
-        temperature: Tensor | None = None,
-        keys: GatheredKeys | None = None,
-    ) -> Tensor:
-        """The mean loss of every pair of two lists.
-
-        Args:
-            students: Tensors (B, D) of the same B images.
-            teachers: Tensors (B, D), one per student tensor.
-            ids: Integers (B,) of the images, the same for both sides.
-            temperature: 0-d tensor that replaces the module's temperature.
-            keys: The teachers' rows and ids of all ranks, if they are gathered already.
-
-        Returns:
-            Tensor (pairs,) of float32 (float64 for float64 inputs).
-        """
-        temperature_or_own = self.temperature if temperature is None else temperature
-        group = resolve_group(self.gather)
-        if group is not None:
-            return contrast_across_ranks(students, teachers, temperature_or_own, self.direction, ids, ids, group, keys)
-        return info_nce_foreach(
-            students,
-            teachers,
-            temperature=temperature_or_own,
-            direction=self.direction,
-            student_ids=ids,
-            teacher_ids=ids,
-        )
+from lfcc_kernels._checks import check_fit, check_map, check_scales
+from lfcc_kernels.contrast import Gather, InfoNCELoss
+from lfcc_kernels.distributed import GatheredKeys, PendingKeys, resolve_group
+from lfcc_kernels.filters import LowPassPyramid
+from lfcc_kernels.functional import lowpass_of_maps
 
 
 class _TokenLayout(NamedTuple):
@@ -251,10 +91,7 @@ class LFCCLoss(nn.Module):
         self.info_nce = InfoNCELoss(temperature, direction, learnable_temperature, gather)
 
     def forward(
-        self,
-        student_features: Sequence[Tensor],
-        teacher_features: Sequence[Tensor],
-        ids: Tensor | None = None,
+        self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], ids: Tensor | None = None
     ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """The loss of a batch.
 
@@ -264,8 +101,8 @@ class LFCCLoss(nn.Module):
             ids: Integers (B,). Images with equal ids are not negatives of each other.
 
         Returns:
-            Scalar of float32 (float64 for float64 parameters); with `return_parts` a pair of it and
-            {(stage, scale): scalar}.
+            Scalar of float32 (float64 for float64 parameters). With `return_parts` a pair of it and a dict of the
+            scalar losses by (stage, scale).
 
         Raises:
             TypeError: A feature is not a tensor or has an unsupported dtype.
@@ -286,11 +123,12 @@ class LFCCLoss(nn.Module):
         Returns:
             One tensor (B, cells, C_t) per stage, in the dtype of the parameters.
         """
-        pooled = self._low_pass("student", features, self._student_tokens, list(self.student_filters))
+        filters: list[LowPassPyramid] = list(self.student_filters)  # type: ignore[arg-type]  # ModuleList is not generic
+        pooled = self._low_pass("student", features, self._student_tokens, filters)
         # Pooling commutes with a linear map of the channels, so the few cells are projected and not the map.
         with torch.autocast(pooled[0].device.type, enabled=False):
             return [
-                projection(cells.to(projection.weight.dtype))
+                projection(cells.to(projection.weight.dtype))  # type: ignore[arg-type]  # ModuleList is not generic
                 for cells, projection in zip(pooled, self.student_projections, strict=True)
             ]
 
@@ -377,7 +215,7 @@ class LFCCLoss(nn.Module):
         return [grid.flatten(1) for pyramid in pyramids for grid in pyramid.split(cells, 1)]
 
     def _low_pass(
-        self, side: str, features: Sequence[Tensor], tokens: _TokenLayout, pyramids: Sequence[nn.Module]
+        self, side: str, features: Sequence[Tensor], tokens: _TokenLayout, pyramids: Sequence[LowPassPyramid]
     ) -> list[Tensor]:
         """Pyramids (B, cells, C) of all stages in one call."""
         if isinstance(features, Tensor) or len(features) != len(pyramids):
@@ -398,8 +236,9 @@ class LFCCLoss(nn.Module):
                     f"{expected}; expected a map (B, C, H, W) or tokens (B, N, C)"
                 )
             check_fit(feature_maps[-1], self.scales)
-        filters = [pyramid.filters_of(x) for pyramid, x in zip(pyramids, feature_maps, strict=True)]
-        return lowpass_of_maps(feature_maps, self.scales, None if filters[0] is None else filters)
+        pairs = [pyramid.filters_of(x) for pyramid, x in zip(pyramids, feature_maps, strict=True)]
+        filters = [pair for pair in pairs if pair is not None]
+        return lowpass_of_maps(feature_maps, self.scales, filters or None)
 
 
 def _frozen(module: LowPassPyramid) -> LowPassPyramid:

@@ -1,7 +1,7 @@
 """Backends that tests run on.
 
-Kernels for a GPU run there where there is one, else on the CPU: Triton's in its interpreter, which must be chosen
-before Triton is imported, CUDA's compiled for the CPU (tests/emulation). Tests that need a GPU have the mark `gpu`.
+Without a GPU, kernels for GPUs run on the CPU: Triton's in its interpreter, which must be selected before Triton is
+imported, CUDA's compiled for the CPU (tests/emulation). Tests that need a GPU have the mark `gpu`.
 """
 
 import importlib.util
@@ -20,9 +20,9 @@ import lfcc_kernels as lk  # noqa: E402
 from lfcc_kernels.ops.dispatch import why_missing  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from interpreter import mend
+    from interpreter import patch_interpreter
 
-    mend()
+    patch_interpreter()
 
 if not ON_GPU:
     from emulation import build
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Adds marks that depend on a test's backend and fixtures.
 
     LFCC_TEST_SHARD=2/8 keeps every eighth test from the second on: most of a test on a GPU is compiling on the CPU, so
-    `make gpu` runs eight shards at a time, with what pytest has.
+    `make gpu` runs eight shards at a time, without further packages.
     """
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         if (slow_on := item.get_closest_marker("slow_on")) and on & set(slow_on.args):
             item.add_marker("slow")
-        # With `--dist loadgroup` one process makes what the tests of a module share.
+        # With `--dist loadgroup` one process computes the fixtures that the tests of a module share.
         if any(fixtures[-1].scope == "module" for fixtures in item._fixtureinfo.name2fixturedefs.values()):
             shared = params.get("ranks", "")
             item.add_marker(pytest.mark.xdist_group(f"{item.location[0]} {shared}"))
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seed_and_one_thread() -> Iterator[None]:
-    """Tests are small: threads that wait for each other would take most of the time on a busy machine."""
+    """Tests are small: on a busy machine threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -87,25 +87,25 @@ def fixed_seed_and_one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["eager", "cpu", "triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every backend, and skips those that cannot serve here."""
-    yield from _serve(request.param)
+    """Runs the test once on every backend; skips those that are not available."""
+    yield from _use(request.param)
 
 
 @pytest.fixture(params=["cpu", "triton", "cuda"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every backend that has kernels of its own."""
-    yield from _serve(request.param)
+    """Runs the test once on every backend with kernels."""
+    yield from _use(request.param)
 
 
 @pytest.fixture
 def compiled_kernels() -> Iterator[str]:
     """Runs the test on the compiled CPU kernels."""
-    yield from _serve("cpu")
+    yield from _use("cpu")
 
 
-def _serve(name: str) -> Iterator[str]:
+def _use(name: str) -> Iterator[str]:
     if reason := why_missing(name):
         pytest.skip(reason)
-    # Tensors that a test makes lie where the backend wants them, its oracles' among them.
+    # Tensors that a test creates are on the device of the backend, including those of its reference.
     with torch.device("cuda" if name in ("triton", "cuda") and ON_GPU else "cpu"), lk.use_backend(name):
         yield name

@@ -1,4 +1,4 @@
-"""Processes that talk by gloo, each with its part of a test."""
+"""Runs a function in several processes connected by gloo."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 
 def in_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns in each of `size` processes; it must be importable."""
+    """The results of `function(*arguments)` in each of `size` processes; it must be importable."""
     mp.spawn(_rank, (size, folder, function, arguments), nprocs=size)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 

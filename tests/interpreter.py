@@ -1,4 +1,4 @@
-"""Mends what Triton's interpreter gets wrong and makes it faster: tests are to see the kernels, not the interpreter."""
+"""Fixes an error of Triton's interpreter and makes it faster, because tests are about the kernels."""
 
 import dataclasses
 from typing import Any
@@ -9,18 +9,18 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def mend() -> None:
-    """All of it; called once, before a kernel runs."""
+def patch_interpreter() -> None:
+    """Called once, before a kernel runs."""
     _round_bfloat16_to_nearest()
-    # It looks for overflow after every step, in half of its time; indices of a test are small.
+    # Checks for overflow take half of the time; indices of a test are small.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _patch_once()
 
 
 def _patch_once() -> None:
-    """It patches Triton's language for every function that a kernel calls, in a quarter of its time; the launch has
-    done that, but for modules that know the language by another name."""
+    """The interpreter patches Triton's language for every call of a function, a quarter of its time. The launch has
+    already done so, except in modules that import the language under another name: patch those once."""
     patched = set()
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ def _patch_once() -> None:
 
 
 def _round_bfloat16_to_nearest() -> None:
-    """Conversions to bfloat16 as a GPU does them; the interpreter's own cut the digits off."""
+    """Conversions to bfloat16 round as on a GPU; those of the interpreter truncate."""
     convert = interpreter._convert_float
 
     def converted(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ DIRECTIONS = ["student_to_teacher", "teacher_to_student", "symmetric"]
 def functions(
     dtype: torch.dtype = torch.float64, batch: int = 4
 ) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """Small cases that together cover every path. All inputs of a case require gradients."""
+    """Small cases that together run every code path. All inputs of a case require gradients."""
     x, tokens = randn(batch, 3, 7, 5, dtype=dtype), randn(batch, 36, 3, dtype=dtype)
     channels_last = x.to(memory_format=torch.channels_last)
     filters = [randn(3, 7, dtype=dtype), randn(3, 5, dtype=dtype)]
@@ -45,10 +45,7 @@ def functions(
     }
     for direction in DIRECTIONS:
         cases[direction] = (contrast(direction), [*pair, temperature])
-        cases[f"{direction}, ids, none"] = (
-            contrast(direction, reduction="none", **ids),
-            [*pair, temperature],
-        )
+        cases[f"{direction}, ids, none"] = (contrast(direction, reduction="none", **ids), [*pair, temperature])
         cases[f"{direction}, rows as they are"] = (contrast(direction, normalize=False), [*pair, temperature])
     return {name: (f, [x.detach().requires_grad_() for x in inputs]) for name, (f, inputs) in cases.items()}
 

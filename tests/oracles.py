@@ -1,8 +1,8 @@
-"""What the tests compare with: both ops as loops, both ops in plain torch, and the bound on errors.
+"""References of the tests: both ops as loops, both ops in plain torch, and the bound on errors.
 
-Nothing here uses the package. The loops are the definition. They are slow, so `test_reference.py` compares plain torch
-with them once, and plain torch in float64 is the truth for the kernels. In the dtype of the inputs, with sums in the
-dtype in which the kernels sum, plain torch also says how large an error is natural.
+This file does not use the package. The loops are the definition. They are slow, so `test_reference.py` compares plain
+torch with them, and plain torch in float64 is the reference of the kernels. In the dtype of the inputs, with the
+accumulator dtype of the kernels, plain torch also gives the error to expect.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 def loop_lowpass(
     x: Tensor, scales: Sequence[int], row_filters: Tensor | None = None, col_filters: Tensor | None = None
 ) -> Tensor:
-    """(B, C, H, W) -> (B, cells, C) in float64, cell after cell, each a weighted sum over the whole map."""
+    """(B, C, H, W) -> (B, cells, C) in float64, cell by cell, each a weighted sum over the map."""
     rows = window_means(scales, x.shape[2]) if row_filters is None else row_filters.double()
     cols = window_means(scales, x.shape[3]) if col_filters is None else col_filters.double()
     cells, offset = [], 0
@@ -41,7 +41,7 @@ def window_means(scales: Sequence[int], size: int) -> Tensor:
 def torch_lowpass(
     x: Tensor, scales: Sequence[int], row_filters: Tensor | None = None, col_filters: Tensor | None = None
 ) -> Tensor:
-    """The same as a user of torch writes it, in float32 (float64 for float64), rounded once at the end."""
+    """The same in plain torch, in float32 (float64 for float64), rounded once at the end."""
     maps, pooled, offset = x.to(accumulator(x.dtype)), [], 0
     for scale in scales:
         if row_filters is None or col_filters is None:
@@ -66,7 +66,7 @@ def loop_info_nce(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """The loss in float64, one row (and one positive's column) after the other."""
+    """The loss in float64, row by row (and column by column)."""
     batch, keys = len(student), len(teacher)
     student, teacher = _rows(student, normalize), _rows(teacher, normalize)
     own_ids, key_ids = ([] if ids is None else ids.tolist() for ids in (student_ids, teacher_ids))
@@ -107,7 +107,7 @@ def torch_info_nce(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """The same as a user of torch writes it, in float32 (float64 for float64), with the whole matrix of logits."""
+    """The same in plain torch, in float32 (float64 for float64), with all logits."""
     dtype = accumulator(student.dtype)
     queries, keys = student.to(dtype), teacher.to(dtype)
     if normalize:
@@ -130,8 +130,8 @@ def assert_close_to_truth(
 ) -> None:
     """The largest error of `result` is at most `factor` times that of torch in the same dtype, plus `floor`.
 
-    The floor is an absolute error, a few roundings of the largest number in the computation. It is for cases in which
-    torch happens to be exact, and is 16 times as large in float64, in which torch is the truth itself.
+    The floor is an absolute error of a few roundings of the largest value in the computation, for cases in which torch
+    happens to be exact. It is 16 times larger in float64, in which torch is the reference itself.
     """
     assert result.shape == same_dtype_torch.shape == truth.shape
     assert result.dtype == same_dtype_torch.dtype, f"dtype is {result.dtype}, torch's is {same_dtype_torch.dtype}"

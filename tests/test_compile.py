@@ -1,4 +1,4 @@
-"""`torch.compile` takes every op without a break, and what it makes gives the same numbers."""
+"""Every op compiles without graph breaks, with the same results."""
 
 import shutil
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_inductor(compiled_kernels: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["average", "filters", "average, tokens", "student_to_teacher", "symmetric"])
-def test_one_graph_serves_every_batch_size(backend: str, name: str) -> None:
+def test_one_graph_for_every_batch_size(backend: str, name: str) -> None:
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     function, _ = functions(torch.float32)[name]
     compiled = torch.compile(function, fullgraph=True, backend=graphs, dynamic=True)
@@ -53,7 +53,7 @@ def test_one_graph_serves_every_batch_size(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("filter", ["average", "learnable", "gaussian", "dct"])
-def test_a_compiled_pyramid_takes_maps_of_other_sizes(compiled_kernels: str, filter: str) -> None:
+def test_compiled_pyramid_on_maps_of_other_sizes(compiled_kernels: str, filter: str) -> None:
     pyramid = lk.LowPassPyramid((1, 2), filter)
     compiled = torch.compile(pyramid, fullgraph=True, backend="aot_eager")
     for size in (7, 9, 12, 7):
@@ -68,7 +68,7 @@ def test_no_gradient(backend: str) -> None:
 
 
 def test_backend_may_change_after_compilation(kernels: str) -> None:
-    """A graph made under one choice is not run under another."""
+    """A graph compiled for one backend is not run for another."""
     ran = []
 
     def recorder(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
@@ -83,8 +83,8 @@ def test_backend_may_change_after_compilation(kernels: str) -> None:
     assert ran == [[overload], [], [overload], []]
 
 
-def test_a_bad_temperature_is_found_at_run_time(kernels: str) -> None:
-    """The value of a tensor is not known while the graph is made."""
+def test_invalid_temperature_raises_at_run_time(kernels: str) -> None:
+    """The value of a tensor is not known during compilation."""
     student, teacher = randn(5, 8, requires_grad=True), randn(5, 8)
     compiled = torch.compile(lk.info_nce, fullgraph=True, backend="aot_eager")
     good, bad = torch.tensor(0.1, device="cpu"), torch.tensor(-1.0, device="cpu")  # read by the host, rows wherever

@@ -1,4 +1,4 @@
-"""Gloo processes with gathered negatives against one process that holds the whole batch."""
+"""Gloo processes with gathered negatives against one process with the whole batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def contrast(student: Tensor, teacher: Tensor, ids: Tensor, **options: Any) -> l
 def distil(
     student: Tensor, teacher: Tensor, ids: Tensor, parallel: bool, compiled: bool = False, **options: Any
 ) -> list[Tensor]:
-    """Loss of a whole LFCCLoss and gradients of its parameters, under DDP where `parallel`."""
+    """Loss of an LFCCLoss and gradients of its parameters, under DDP if `parallel`."""
     torch.manual_seed(1)
     module = lk.LFCCLoss([5], [5], scales=(1, 2), learnable_temperature=True, **options).double()
     if compiled:
@@ -47,7 +47,7 @@ def distil(
 
 
 def project(student: Tensor, teacher: Tensor, parallel: bool, direction: str) -> list[Tensor]:
-    """Gradients of a projection on each side, under one DDP where `parallel`."""
+    """Gradients of a projection on each side, under one DDP if `parallel`."""
     torch.manual_seed(1)
     sides = nn.ModuleList([nn.Linear(10, 4, bias=False), nn.Linear(10, 4, bias=False)]).double()
     contrast = lk.InfoNCELoss(0.2, direction, gather="auto" if parallel else "none")
@@ -66,7 +66,7 @@ def project(student: Tensor, teacher: Tensor, parallel: bool, direction: str) ->
 
 
 class Log(TorchDispatchMode):
-    """Names of our ops and of the collectives in the order of their calls; a gather with the width of its rows."""
+    """Names of lfcc's ops and of collectives in call order; a gather with the width of its rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,13 +81,13 @@ class Log(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def what_travels(maps: list[Tensor], direction: str) -> list[str]:
+def sent(maps: list[Tensor], direction: str) -> list[str]:
     with Log() as log, lk.use_backend("cpu"):
         distil(*maps, parallel=False, direction=direction)
     return log.calls
 
 
-def refused(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
     except ValueError as error:
@@ -96,7 +96,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def unlike(rank: int, rows: list[Tensor]) -> dict[str, str]:
-    """What a rank hears where the last one brings something else than the others."""
+    """The error of this rank if the last rank has other inputs than the others, by kind of difference."""
     student, teacher, ids = rows
     last = rank == dist.get_world_size() - 1
     contrast = lk.InfoNCELoss()
@@ -104,17 +104,17 @@ def unlike(rank: int, rows: list[Tensor]) -> dict[str, str]:
     some = {"student_ids": ids, "teacher_ids": ids} if last else {}
     compiled = torch.compile(contrast, backend="aot_eager", fullgraph=True)
     return {
-        "rows": refused(lambda: contrast(student[fewer], teacher[fewer])),
-        "compiled rows": refused(lambda: compiled(student[fewer], teacher[fewer])),
-        "width": refused(lambda: contrast(student[:, narrow], teacher[:, narrow])),
-        "type": refused(lambda: contrast(*(x.float() if last else x for x in (student, teacher)))),
-        "ids": refused(lambda: contrast(student, teacher, **some)),
-        "none": refused(lambda: contrast(student, teacher)),
+        "rows": error_of(lambda: contrast(student[fewer], teacher[fewer])),
+        "compiled rows": error_of(lambda: compiled(student[fewer], teacher[fewer])),
+        "width": error_of(lambda: contrast(student[:, narrow], teacher[:, narrow])),
+        "type": error_of(lambda: contrast(*(x.float() if last else x for x in (student, teacher)))),
+        "ids": error_of(lambda: contrast(student, teacher, **some)),
+        "none": error_of(lambda: contrast(student, teacher)),
     }
 
 
 def run_rank() -> dict:
-    import conftest  # noqa: F401  a fresh process has no kernels that are compiled for the CPU
+    import conftest  # noqa: F401  loads the emulated CUDA kernels in this process
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
@@ -130,7 +130,7 @@ def run_rank() -> dict:
     for direction in DIRECTIONS:
         results[direction, "projections"] = project(*rows[:2], parallel=True, direction=direction)
         if "cpu" in lk.available_backends():
-            results[direction, "travels"] = what_travels(maps, direction)
+            results[direction, "sent"] = sent(maps, direction)
         if world_size == 2:
             results[direction, "compiled"] = distil(*maps, parallel=True, compiled=True, direction=direction)
     results["unlike"] = unlike(rank, rows)
@@ -138,7 +138,7 @@ def run_rank() -> dict:
 
 
 def backends(world_size: int) -> tuple[str, ...]:
-    """The interpreter and the emulation are slow, and two ranks of them show what they are to show."""
+    """The interpreter and the emulation are slow, so they run on two ranks only."""
     return tuple(name for name in lk.available_backends() if world_size == 2 or name in ("eager", "cpu"))
 
 
@@ -148,14 +148,14 @@ def backends(world_size: int) -> tuple[str, ...]:
     ids=["2 ranks", "3 ranks", "4 ranks"],
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each rank found."""
+    """The results of each rank."""
     return in_ranks(request.param, tmp_path_factory.mktemp("ranks"), run_rank)
 
 
 def averaged(ranks: list[dict], *key: str) -> list[Tensor]:
-    """The mean of losses and of gradients over ranks, as DDP makes it.
+    """The mean of losses and gradients over ranks, as in DDP.
 
-    A row lives on one rank only, so the mean over ranks of its gradient is that rank's over their number.
+    A row is on one rank only, so the mean of its gradient is that of its rank divided by the number of ranks.
     """
     losses, students, teachers, temperatures = zip(*(rank[key] for rank in ranks), strict=True)
     rows = [torch.cat(parts) / len(ranks) for parts in (students, teachers)]
@@ -171,7 +171,7 @@ def assert_all_have(results: list[list[Tensor]], expected: list[Tensor]) -> None
 
 def skip_unless_run(ranks: list[dict], backend: str) -> None:
     if (backend, "none") not in ranks[0]:
-        pytest.skip(f"{len(ranks)} ranks of {backend} would take minutes and show what two show")
+        pytest.skip(f"{len(ranks)} ranks of {backend} would take minutes")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -189,15 +189,15 @@ def test_whole_loss_under_ddp_equals_one_process(ranks: list[dict], backend: str
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_compiled_without_a_break_it_is_the_same(ranks: list[dict], direction: str) -> None:
+def test_compiled_without_graph_breaks(ranks: list[dict], direction: str) -> None:
     if len(ranks) > 2:
-        pytest.skip("compiling takes a while, and two ranks show it")
+        pytest.skip("compiled on two ranks only")
     expected = distil(*batch(len(ranks), 5, 4, 4), parallel=False, direction=direction)
     assert_all_have([rank[direction, "compiled"] for rank in ranks], expected)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_projections_of_both_sides_learn_as_on_one_process(ranks: list[dict], direction: str) -> None:
+def test_gradients_of_projections_of_both_sides_equal_one_process(ranks: list[dict], direction: str) -> None:
     expected = project(*batch(len(ranks), 10)[:2], parallel=False, direction=direction)
     for rank in ranks:
         torch.testing.assert_close(rank[direction, "projections"], expected, rtol=1e-6, atol=1e-9)
@@ -206,20 +206,20 @@ def test_projections_of_both_sides_learn_as_on_one_process(ranks: list[dict], di
 WIDTH = 5 * (1 + 4)  # of a row's pyramid
 
 
-def test_of_a_frozen_teacher_its_rows_alone_travel_while_the_student_is_pooled(
+def test_student_to_teacher_sends_teacher_rows_while_the_student_is_pooled(
     ranks: list[dict], compiled_kernels: str
 ) -> None:
     for rank in ranks:
-        calls = rank["student_to_teacher", "travels"]
+        calls = rank["student_to_teacher", "sent"]
         assert sorted(call for call in calls if "gather" in call) == ["gather 1", f"gather {WIDTH}"]  # of ids, of rows
         assert not any("reduce_scatter" in call for call in calls)
         of_teacher, of_student = (n for n, call in enumerate(calls) if call == "lowpass")
         assert of_teacher < calls.index(f"gather {WIDTH}") < of_student < calls.index("wait_tensor")
 
 
-def test_the_students_rows_travel_once_where_teachers_look_for_them(ranks: list[dict], compiled_kernels: str) -> None:
+def test_teacher_to_student_sends_student_rows_once(ranks: list[dict], compiled_kernels: str) -> None:
     for rank in ranks:
-        calls = rank["teacher_to_student", "travels"]
+        calls = rank["teacher_to_student", "sent"]
         assert sorted(call for call in calls if "gather" in call) == ["gather 1", f"gather {WIDTH}"]
         assert calls.count("reduce_scatter_tensor") == 1
 
@@ -227,25 +227,25 @@ def test_the_students_rows_travel_once_where_teachers_look_for_them(ranks: list[
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("rows", "rank 0 brings 6 rows of 10 float64 values without ids, rank {last} 5 rows of 10"),
-        ("compiled rows", "rank 0 brings 6 rows of 10 float64 values without ids, rank {last} 5 rows of 10"),
-        ("width", "rank {last} 6 rows of 9 float64 values"),
-        ("type", "rank {last} 6 rows of 10 float32 values"),
-        ("ids", "rank {last} 6 rows of 10 float64 values with ids"),
+        ("rows", "rank 0 has (6, 10) float64 without ids, rank {last} has (5, 10) float64 without ids"),
+        ("compiled rows", "rank 0 has (6, 10) float64 without ids, rank {last} has (5, 10) float64 without ids"),
+        ("width", "rank {last} has (6, 9) float64"),
+        ("type", "rank {last} has (6, 10) float32"),
+        ("ids", "rank {last} has (6, 10) float64 with ids"),
         ("none", "no error"),
     ],
 )
-def test_ranks_that_differ_are_told_all_of_them(ranks: list[dict], what: str, message: str) -> None:
+def test_all_ranks_raise_if_ranks_differ(ranks: list[dict], what: str, message: str) -> None:
     for rank in ranks:
         assert message.format(last=len(ranks) - 1) in rank["unlike"][what]
 
 
-def test_a_group_by_name_is_gathered(ranks: list[dict], backend: str) -> None:
+def test_gather_in_a_given_group(ranks: list[dict], backend: str) -> None:
     skip_unless_run(ranks, backend)
     torch.testing.assert_close(averaged(ranks, backend, "group"), averaged(ranks, backend, DIRECTIONS[0]))
 
 
-def test_without_gathering_negatives_stay_on_the_rank(ranks: list[dict], backend: str) -> None:
+def test_without_gather_negatives_are_local(ranks: list[dict], backend: str) -> None:
     skip_unless_run(ranks, backend)
     rows = batch(len(ranks), 10)
     for number, rank in enumerate(ranks):

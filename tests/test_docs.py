@@ -49,8 +49,7 @@ SLOW = ("accelerate", "lightning", "torchdistill")  # import large frameworks
 
 
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem) for page in SNIPPETS],
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem) for page in SNIPPETS]
 )
 def test_snippets_run_and_train_every_projection(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip(TRAINING.get(page.stem, "torch"))
@@ -80,7 +79,6 @@ def train_with_accelerate() -> list[Tensor]:
     return projections(run_page(ROOT / "docs" / "accelerate.md")["lfcc"])
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_ranks_of_accelerate_stay_together(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

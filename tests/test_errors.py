@@ -13,7 +13,7 @@ MAP, TOKENS, ROWS = randn(2, 3, 8, 6), randn(2, 48, 3), randn(4, 5)
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """On a second device, which every machine has."""
+    """On a second device, available on every machine."""
     return tensor.to("meta")
 
 
@@ -65,7 +65,7 @@ LOWPASS: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
         MAP, {"row_filters": randn(7, 8).double(), "col_filters": randn(7, 6).double()}, TypeError,
         ["row_filters", "torch.float64", "expected torch.float32"],
     ),
-    "small filters beside a small map": (
+    "16-bit filters of a 16-bit map": (
         MAP.half(), {"row_filters": randn(7, 8).half(), "col_filters": randn(7, 6).half()}, TypeError,
         ["row_filters", "torch.float16", "expected torch.float32"],
     ),
@@ -175,7 +175,7 @@ MODULES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ["student_channels has 2 stages", "teacher_channels has 1", "same number"],
     ),
     "no stages": (lambda: lk.LFCCLoss([], []), ValueError, ["0 stages", "at least one"]),
-    "teacher that learns": (
+    "trainable teacher": (
         lambda: lk.LFCCLoss([3], [5], teacher_filter="learnable"), ValueError,
         ["learnable", "teacher_filter='average'"],
     ),
@@ -263,11 +263,7 @@ def test_lowpass(x: Any, arguments: dict[str, Any], error: type[Exception], frag
 
 @pytest.mark.parametrize(("student", "teacher", "arguments", "error", "fragments"), INFO_NCE.values(), ids=INFO_NCE)
 def test_info_nce(
-    student: Any,
-    teacher: Any,
-    arguments: dict[str, Any],
-    error: type[Exception],
-    fragments: list[str],
+    student: Any, teacher: Any, arguments: dict[str, Any], error: type[Exception], fragments: list[str]
 ) -> None:
     assert_raises(lambda: lk.info_nce(student, teacher, **arguments), error, ["info_nce: ", *fragments])
 

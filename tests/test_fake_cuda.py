@@ -1,7 +1,7 @@
-"""What can be seen of CUDA without a GPU: fake tensors on it, which have shape, type, layout and device and no values.
+"""CUDA without a GPU: fake tensors, which have shape, dtype, layout and device but no values.
 
-The backward pass is called node by node, since the autograd engine asks the driver for the device of even a fake
-gradient; that it also runs as a whole is seen where there is a GPU.
+The backward pass is called node by node, because the autograd engine queries the driver for the device even of a fake
+gradient. Tests on a GPU run it as a whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +25,12 @@ ONE_PASS = "lfcc.info_nce_one_pass.triton"
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """As if there were a GPU that all kernels serve: what the test makes is fake and, by default, on it."""
+    """Simulates a GPU with all backends; tensors of the test are fake and by default on it."""
     monkeypatch.setattr(triton, "missing", lambda: "")
     monkeypatch.setattr(triton, "DEVICE", "cuda")
     monkeypatch.setattr(cuda, "missing", lambda: "")
     monkeypatch.setattr(cuda, "device", lambda: "cuda")
-    monkeypatch.setattr(filters, "_RESAMPLING", {})  # no fake tensor is to be kept there
+    monkeypatch.setattr(filters, "_RESAMPLING", {})  # fake tensors must not be cached
     torch._dynamo.reset()
     with lk.use_backend("auto"), FakeTensorMode() as mode, torch.device("cuda"):
         yield mode
@@ -43,7 +43,7 @@ def metadata(results: Any) -> list[tuple]:
 @pytest.mark.parametrize("host_temperature", [False, True], ids=["temperature on the GPU", "on the host"])
 @pytest.mark.parametrize("call", CALLS)
 def test_ops_have_the_results_of_their_kernels(kernels: str, call: str, host_temperature: bool) -> None:
-    """Shapes, types and layouts are compared with what the kernels return where the tests run."""
+    """Shapes, dtypes and layouts are compared with the results of the kernels on the device of the tests."""
     name, arguments = CALLS[call]
     skip_unless_implemented(name, kernels)
     if host_temperature and "info_nce" not in name:
@@ -104,7 +104,7 @@ def ops_of(graph: torch.fx.Graph) -> list[str]:
 
 
 def compiled_ops(function: Callable[..., Any], inputs: list[Any], of_any_batch: list[Tensor]) -> list[str]:
-    """What a full graph of the function calls; it is for inputs of any batch size where they are said to be."""
+    """The ops of a full graph of the function, for any batch size of the inputs in `of_any_batch`."""
     for x in of_any_batch:
         torch._dynamo.mark_dynamic(x, 0)
     graphs = []
@@ -130,7 +130,7 @@ def lfcc_loss(**options: Any) -> tuple[lk.LFCCLoss, list[Any]]:
     loss = lk.LFCCLoss([3, 4], [5, 6], **options)
     student = [randn(4, 3, 14, 14, requires_grad=True), randn(4, 4, 7, 7, requires_grad=True)]
     teacher = [randn(4, 5, 14, 14), randn(4, 6, 7, 7)]
-    loss(student, teacher)  # makes what banks keep for a size, which a trace takes as constants
+    loss(student, teacher)  # fills the cache of the filter banks, which a trace treats as constants
     return loss, [student, teacher]
 
 
@@ -162,7 +162,7 @@ def test_compiled_down_to_operators_without_gradient(fake_cuda: FakeTensorMode, 
 
 
 class Call(torch.nn.Module):
-    """A function as a module, which export wants."""
+    """A function as a module, as export requires."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Grids of tests: the covering array covers, and what is drawn depends on the seed alone."""
+"""Grids of tests: the covering array covers all pairs, and the slice depends on the seed only."""
 
 import math
 from itertools import combinations, product

@@ -1,11 +1,11 @@
-"""The compiled kernels themselves reject arguments that would make them access memory out of bounds."""
+"""The compiled kernels reject arguments that would make them access memory out of bounds."""
 
 import re
 from typing import Any
 
 import pytest
 import torch
-from op_cases import CALLS, constants, skip_unless_served
+from op_cases import CALLS, constants, skip_unless_implemented
 from torch import randn
 
 from lfcc_kernels.backends import cuda
@@ -78,7 +78,7 @@ def test_kernels_guard_memory(call: str, position: int, argument: Any, message: 
     if reason := why_missing(backend) or ("run on the CPU" if backend == "cuda" and cuda.device() != "cpu" else ""):
         pytest.skip(reason)
     name, arguments = CALLS[call]
-    skip_unless_served(name, backend)
+    skip_unless_implemented(name, backend)
     broken = list(constants(*arguments()))
     broken[position] = argument
     with pytest.raises(RuntimeError, match=f"^{re.escape(f'lfcc::{name}: {message}')}"):

@@ -1,4 +1,4 @@
-"""What `lfcc info` says, where everything is built and where things are missing."""
+"""`lfcc info`, with everything built and with parts missing."""
 
 import importlib.metadata
 import platform
@@ -12,6 +12,7 @@ import lfcc_kernels
 from lfcc_kernels import info
 from lfcc_kernels.backends import native
 from lfcc_kernels.cli import main
+from lfcc_kernels.ops import dispatch
 
 
 def test_versions():
@@ -42,7 +43,7 @@ def test_build_facts():
 @pytest.mark.skipif(native.host is None, reason="lfcc_kernels/_host is not built for this Python")
 @pytest.mark.parametrize(
     ("version", "architectures", "line"),
-    [("13.0", "sm_90 +PTX", "nvcc 13.0 for sm_90 +PTX"), ("", "", "none: a build with LFCC_BUILD_CUDA=1 ")],
+    [("13.0", "sm_90 +PTX", "nvcc 13.0 for sm_90 +PTX"), ("", "", "none: build with LFCC_BUILD_CUDA=1 ")],
 )
 def test_cuda_build_facts(monkeypatch, version, architectures, line):
     facts = native.host.build()
@@ -63,12 +64,20 @@ def test_kernels_missing(monkeypatch):
 def test_host_missing(monkeypatch):
     monkeypatch.setattr(native, "missing", "")
     monkeypatch.setattr(native, "host", None)
-    assert "_host is missing or of another Python" in info.report()
+    assert "_host is missing or for another Python" in info.report()
 
 
 def test_backend_of_the_environment(monkeypatch):
     monkeypatch.setenv("LFCC_BACKEND", "eager")
     assert "eager, from LFCC_BACKEND" in info.report()
+
+
+def test_records_of_the_dispatch_table(monkeypatch):
+    monkeypatch.delenv("LFCC_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": [{"record": "a.json"}] * 2, "sm_90": [{"record": "b.json"}]})
+    assert "auto: by table (on cpu a.json; on sm_90 b.json), otherwise the first available of cpu" in info.report()
+    monkeypatch.setattr(dispatch, "table", lambda: {"cpu": []})
+    assert "auto: the first available of cpu" in info.report()
 
 
 def test_optional_packages(monkeypatch):

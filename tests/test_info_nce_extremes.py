@@ -1,4 +1,4 @@
-"""`info_nce` on what training runs into sooner or later: equal, zero, huge and broken rows, and a batch of one."""
+"""`info_nce` on extreme inputs: equal, zero, huge and non-finite rows, and a batch of one."""
 
 import math
 from collections.abc import Callable

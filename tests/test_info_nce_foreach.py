@@ -1,10 +1,11 @@
-"""`info_nce_foreach` against the truth pair by pair. Triton has kernels for it; other backends loop over `info_nce`."""
+"""`info_nce_foreach` against the reference pair by pair. Other backends than Triton loop over `info_nce`."""
 
 from typing import Any
 
 import pytest
 import torch
 from oracles import accumulator, assert_close_to_truth, gradients, in_float64, rounding, torch_info_nce
+from test_compile import assert_same
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
@@ -12,11 +13,11 @@ from lfcc_kernels.functional import info_nce_foreach
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = (3, 16, 33, 300)
-ROWS = {"few, held together": 20, "more than are held together": 200}
+ROWS = {"batched": 20, "sequential": 200}
 
 
 def pairs(batch: int, keys: int, dtype: torch.dtype, widths: tuple[int, ...] = WIDTHS) -> tuple[list[Tensor], ...]:
-    """Students that learn and frozen teachers; every second one is a slice of wider rows."""
+    """Trainable students and frozen teachers; every second one is a slice of wider rows."""
     sides = []
     for rows in (batch, keys):
         wide = [randn(rows, 2 * width).to(dtype) for width in widths]
@@ -64,14 +65,14 @@ def test_losses_and_gradients(kernels: str, dtype: torch.dtype, rows: str) -> No
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student", "symmetric"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ids_and_more_keys_than_rows(kernels: str, dtype: torch.dtype, direction: str) -> None:
-    """In one direction at once; the others are a loop."""
+    """One direction is a single call; the others loop."""
     teacher_ids = torch.randint(5, (50,))
     ids = {"student_ids": teacher_ids[13:33], "teacher_ids": teacher_ids}
     check(*pairs(20, 50, dtype), positive_offset=13, direction=direction, **ids)
 
 
 @triton
-def test_a_teacher_that_learns(kernels: str) -> None:
+def test_trainable_teacher(kernels: str) -> None:
     students, teachers = pairs(20, 20, torch.float64)
     teachers[1].requires_grad_()
     losses = info_nce_foreach(students, teachers)
@@ -81,7 +82,7 @@ def test_a_teacher_that_learns(kernels: str) -> None:
 
 
 @triton
-def test_students_of_which_some_learn(kernels: str) -> None:
+def test_frozen_and_trainable_students(kernels: str) -> None:
     students, teachers = pairs(20, 20, torch.float32)
     students[2] = students[2].detach()
     losses = info_nce_foreach(students, teachers)
@@ -127,17 +128,13 @@ def test_compiled(kernels: str) -> None:
         return info_nce_foreach(students, teachers)
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*students), function(*students))
-    expected = torch.autograd.grad(function(*students).sum(), students)
-    for result, same in zip(torch.autograd.grad(compiled(*students).sum(), students), expected, strict=True):
-        torch.testing.assert_close(result, same)
+    assert_same(torch.compile(function, fullgraph=True, backend="aot_eager"), function, students)
 
 
-def test_a_loss_of_many_pairs_takes_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve pairs, stages by scales, in as many launches as one pair takes."""
+def test_a_loss_of_many_pairs_needs_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve pairs, stages by scales, need as many launches as one pair."""
     if "triton" not in lk.available_backends():
-        pytest.skip("Triton cannot serve here")
+        pytest.skip("Triton is not available")
     from lfcc_kernels.backends.triton import info_nce_chunks, info_nce_rows
     from lfcc_kernels.backends.triton import info_nce_foreach as group
 
@@ -157,7 +154,7 @@ def test_a_loss_of_many_pairs_takes_few_launches(monkeypatch: pytest.MonkeyPatch
     assert len(launched) == 5
 
 
-def test_lists_that_do_not_fit() -> None:
+def test_lists_of_different_lengths_raise() -> None:
     x = randn(4, 8)
     for students, teachers in ([[], []], [[x], [x, x]]):
         with pytest.raises(ValueError, match="expected two lists of one length"):

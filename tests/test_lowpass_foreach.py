@@ -1,10 +1,11 @@
-"""`lowpass_foreach` against the truth map by map. The CUDA kernels take it in one call; others loop over `lowpass`."""
+"""`lowpass_foreach` against the reference map by map. Other backends than CUDA loop over `lowpass`."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from oracles import assert_close_to_truth, gradients, in_float64, rounding, torch_lowpass
+from test_compile import assert_same
 from torch import Tensor, randn
 
 import lfcc_kernels as lk
@@ -13,7 +14,7 @@ from lfcc_kernels.functional import lowpass_foreach
 SCALES = (1, 2, 4)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-# The stages of a network, and of one of another kind: more than a launch takes.
+# The stages of two networks: more maps than one launch processes.
 SIZES = [(5, 12, 10), (16, 7, 7), (40, 4, 4), (3, 28, 14)]
 LAYOUTS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("NCHW", lambda x: x.contiguous()),
@@ -63,7 +64,7 @@ def test_pyramids_and_gradients(kernels: str, dtype: torch.dtype, filtered: bool
 
 
 @cuda
-def test_tokens_beside_maps(kernels: str) -> None:
+def test_tokens_and_maps(kernels: str) -> None:
     tokens, x = randn(2, 1 + 6 * 5, 8, requires_grad=True), randn(2, 3, 6, 6, requires_grad=True)
     pooled, of_map = lowpass_foreach([tokens, x], (1, 2), grids=[(6, 5), None], prefix_tokens=[1, 0])
     as_map = tokens[:, 1:].unflatten(1, (6, 5)).permute(0, 3, 1, 2)
@@ -75,7 +76,7 @@ def test_tokens_beside_maps(kernels: str) -> None:
 
 
 @cuda
-def test_only_some_learn_and_are_used(kernels: str) -> None:
+def test_frozen_and_unused_maps(kernels: str) -> None:
     x, frozen, unused = randn(2, 3, 8, 8, requires_grad=True), randn(2, 3, 6, 6), randn(2, 3, 5, 5, requires_grad=True)
     pooled = lowpass_foreach([x, frozen, unused], (1, 2))
     (pooled[0].sum() + pooled[1].sum()).backward()
@@ -107,16 +108,12 @@ def test_compiled(kernels: str) -> None:
         return torch.cat([y.flatten(1) for y in lowpass_foreach(inputs, (1, 2))], dim=1)
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
-    expected = torch.autograd.grad(function(*inputs).sum(), inputs)
-    for result, same in zip(torch.autograd.grad(compiled(*inputs).sum(), inputs), expected, strict=True):
-        torch.testing.assert_close(result, same)
+    assert_same(torch.compile(function, fullgraph=True, backend="aot_eager"), function, inputs)
 
 
-def test_the_loss_pools_all_stages_at_once() -> None:
+def test_the_loss_pools_all_stages_in_one_call() -> None:
     if "cuda" not in lk.available_backends():
-        pytest.skip("the CUDA kernels cannot serve here")
+        pytest.skip("the CUDA kernels are not available")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loss = lk.LFCCLoss((4,) * 3, (6,) * 3).to(device)
     student = [randn(4, 4, 8, 8, device=device, requires_grad=True) for _ in range(3)]
@@ -126,7 +123,7 @@ def test_the_loss_pools_all_stages_at_once() -> None:
 
 
 def _nodes(tensor: Tensor) -> str:
-    """Names of all steps that led to a tensor."""
+    """Names of all autograd nodes of a tensor."""
     names, ahead = [], [tensor.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -135,7 +132,7 @@ def _nodes(tensor: Tensor) -> str:
     return " ".join(names)
 
 
-def test_lists_that_do_not_fit() -> None:
+def test_lists_of_different_lengths_raise() -> None:
     x = randn(2, 3, 6, 6)
     for maps, options in (([], {}), ([x, x], {"filters": []}), ([x], {"grids": [None, None]})):
         with pytest.raises(ValueError, match=r"expected (at least one map|one entry per map)"):

@@ -1,4 +1,4 @@
-"""Working memory of the compiled contrast, beyond its inputs and gradients, in a process of its own."""
+"""Workspace of the compiled contrast beyond inputs and gradients, measured in a separate process."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import lfcc_kernels as lk
 
 batch, dim, direction = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
-def held(field):
+def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -22,13 +22,13 @@ def step(batch, dim):
     student, teacher = torch.randn(batch, dim, requires_grad=True), torch.randn(batch, dim)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = held("VmRSS")
+    before = status("VmRSS")
     with lk.use_backend("cpu"):
         lk.info_nce(student, teacher, direction=direction).backward()
-    return held("VmHWM") - before - student.grad.nbytes // 1024
+    return status("VmHWM") - before - student.grad.nbytes // 1024
 
 torch.set_num_threads(2)
-step(512, dim)  # libraries take their own buffers with the first call
+step(512, dim)  # libraries allocate their buffers in the first call
 print(step(batch, dim) / 1024)
 """
 
@@ -46,5 +46,5 @@ def test_contrast_stays_under_32_mebibytes(compiled_kernels: str, dim: int) -> N
     assert working_mebibytes(4096, dim) < 32  # the similarities alone are 64
 
 
-def test_symmetric_contrast_does_not_hold_the_matrix(compiled_kernels: str) -> None:
+def test_symmetric_contrast_does_not_store_the_matrix(compiled_kernels: str) -> None:
     assert working_mebibytes(6144, 128, "symmetric") < 32  # the similarities alone are 144

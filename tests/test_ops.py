@@ -16,7 +16,7 @@ from lfcc_kernels.ops.registration import op
 ON_ALL_BACKENDS = [name for name, backends in BACKENDS.items() if "cpu" in backends]
 
 
-def test_kernels_are_built_where_a_compiler_is() -> None:
+def test_kernels_are_built_if_there_is_a_compiler() -> None:
     """A run without kernels skips most tests, so it must not pass on a machine with a compiler."""
     if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
         assert "cpu" in lk.available_backends(), native.missing
@@ -29,7 +29,7 @@ def test_compiled_schemas_are_those_in_python(compiled_kernels: str, name: str) 
 
 @pytest.mark.parametrize("overload", ["triton", "cuda"])
 @pytest.mark.parametrize("name", ON_ALL_BACKENDS)
-def test_overloads_differ_in_their_name_alone(name: str, overload: str) -> None:
+def test_overloads_differ_in_their_name_only(name: str, overload: str) -> None:
     compiled, other = (str(op(name, backend)._schema) for backend in ("cpu", overload))
     assert other == compiled.replace("(", f".{overload}(", 1)
 
@@ -60,7 +60,7 @@ def test_second_derivative_on_eager(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_second_derivative_names_the_backend_that_has_one(kernels: str, name: str) -> None:
+def test_second_derivative_on_kernels_names_eager(kernels: str, name: str) -> None:
     """For each input on its own, including those in which the op is linear."""
     function, inputs = functions()[name]
     output = function(*inputs)

@@ -1,4 +1,4 @@
-"""What is installed: the compiled libraries, the wheel, the switches, and life without a compiler."""
+"""The compiled libraries, the wheel, the build switches, and an installation without a compiler."""
 
 import ctypes
 import importlib.util
@@ -36,7 +36,7 @@ assert x.grad.isfinite().all()
 print(lk.__file__, *lk.available_backends())
 """
 
-INFORM_AND_REFUSE = """
+INFO_AND_ERROR = """
 from lfcc_kernels.info import report
 print(report())
 with lk.use_backend("cpu"):
@@ -57,7 +57,7 @@ def library() -> Path:
 
 @pytest.fixture(scope="module")
 def symbols(library) -> list[tuple[str, str]]:
-    """Kind, as nm has it, and name of what the library takes from others and gives to them."""
+    """Kind (of nm) and name of the dynamic symbols of the library."""
     nm = shutil.which("nm") or pytest.skip("nm (binutils) is not installed")
     listing = subprocess.run([nm, "-D", "-C", library], capture_output=True, text=True)
     return re.findall(r"^[0-9a-f ]{16} (\w) (.*)$", listing.stdout, re.MULTILINE)
@@ -74,24 +74,24 @@ def test_kernels_use_the_stable_abi_only(symbols):
 
 @compiled
 def test_kernels_load_without_cuda(symbols):
-    """Whatever they were built with: of torch they need only what one without CUDA has, and of CUDA nothing."""
+    """However they were built, they need only symbols of a CPU-only torch, and none of CUDA."""
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
     of_torch = [name for kind, name in symbols if kind == "U" and name.startswith(("aoti_", "torch_"))]
     assert of_torch and [name for name in of_torch if not hasattr(torch_cpu, name)] == []
-    # Its CUDA runtime is its own: exported, it would give way to the one that torch has loaded.
+    # The static CUDA runtime must not be exported: the one that torch has loaded would replace it.
     assert [name for kind, name in symbols if re.match(r"(__)?cu(da)?[A-Z]", name) and kind != "w"] == []
 
 
 @with_cuda
 @pytest.mark.parametrize("name", ["lowpass.cuda", "lowpass_foreach.cuda", "info_nce.cuda", "lowpass", "info_nce_grad"])
 def test_cuda_kernels_are_registered(name):
-    """For Python by overloads of their own, for C++ programs by the op that serves CPU tensors too."""
+    """Under their own overloads for Python, and under the op of CPU tensors for C++ programs."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lfcc::{name}", "CUDA")
 
 
 @with_cuda
 def test_cuda_kernels_find_the_stream_of_torch(library):
-    """The one symbol of CUDA's part of torch, looked up as the library does: in itself and in what it leads to."""
+    """The only symbol of torch's CUDA library, looked up in the library and its dependencies."""
     stream = "aoti_torch_get_current_cuda_stream"
     assert hasattr(ctypes.CDLL(str(library)), stream) == (torch.version.cuda is not None)
 
@@ -143,12 +143,33 @@ def test_without_a_compiler(tmp_path):
     assert built.returncode == 0, built.stderr
     assert "no C++ compiler found" in built.stderr and "eager backend only" in built.stderr
 
-    used = run(sys.executable, "-c", USE_THE_PACKAGE + INFORM_AND_REFUSE, cwd=site)
+    used = run(sys.executable, "-c", USE_THE_PACKAGE + INFO_AND_ERROR, cwd=site)
     assert used.returncode == 1
     located, _, information = used.stdout.partition("\n")
     assert located.split() == [str(site / "lfcc_kernels/__init__.py"), "eager"]
     assert re.search(r"cpu +not available: .*_C is missing.*install a C\+\+ compiler", information)
     assert "ValueError: backend 'cpu' is not available" in used.stderr
+
+
+USE_A_KERNEL = "import sys, torch, lfcc_kernels as lk; lk.lowpass(torch.ones(1, 1, 4, 4)); lk.LFCCLoss([1], [1])"
+
+
+def test_core_imports_with_torch_alone():
+    others = "timm torchvision tensorboard torchmetrics yaml tqdm matplotlib scipy sklearn triton"
+    used = run(
+        *(sys.executable, "-c", f"import sys; sys.modules.update(dict.fromkeys('{others}'.split())); {USE_A_KERNEL}"),
+        cwd=ROOT,
+    )
+    assert used.returncode == 0, used.stderr
+
+
+def test_triton_is_imported_by_its_first_call_only():
+    """A user of the CPU may not have it."""
+    loaded = "print('lfcc_kernels.backends.triton.runtime' in sys.modules)"
+    used = run(
+        sys.executable, "-c", f"{USE_A_KERNEL}; lk.available_backends(); {loaded}", cwd=ROOT, LFCC_BACKEND="auto"
+    )
+    assert used.stdout.strip() == "False", used.stderr
 
 
 def test_unknown_switch():
@@ -165,17 +186,17 @@ def load_setup() -> ModuleType:
 
 
 @pytest.mark.skipif(native.host is None, reason="lfcc_kernels/_host is not built for this Python")
-def test_cuda_kernels_are_built_where_a_toolkit_is(monkeypatch):
-    """So that a run without them, which skips what needs them, passes only where it must."""
+def test_cuda_kernels_are_built_if_there_is_a_toolkit(monkeypatch):
+    """Otherwise their tests would be skipped on a machine with a toolkit."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))  # which it sets
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))  # restored after the test
     if load_setup().find_cuda():
-        assert native.host.build()["cuda"], "build again; LFCC_BUILD_CUDA=0 is for doing without"
+        assert native.host.build()["cuda"], "build again, or set LFCC_BUILD_CUDA=0"
 
 
 @pytest.fixture
 def build(monkeypatch) -> ModuleType:
-    """setup.py, where no toolkit is to be found."""
+    """setup.py on a machine without a toolkit."""
     monkeypatch.chdir(ROOT)
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.setenv(name, "")
@@ -188,7 +209,7 @@ def build(monkeypatch) -> ModuleType:
 
 @pytest.fixture
 def install_toolkit(tmp_path, monkeypatch) -> Callable[[str], Path]:
-    """Makes a toolkit of a version, whose nvcc is behind a wrapper on PATH."""
+    """Installs a fake toolkit of a version, with a wrapper of its nvcc on PATH."""
 
     def script(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +221,8 @@ def install_toolkit(tmp_path, monkeypatch) -> Callable[[str], Path]:
         for name in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             (home / name).touch()
-        told = f"Cuda compilation tools, release {version}, V{version}.85"
-        script(home / "bin/nvcc", f'[ "$1" = --version ] && echo "{told}" || echo "#\\$ _HERE_={home}/bin" >&2')
+        output = f"Cuda compilation tools, release {version}, V{version}.85"
+        script(home / "bin/nvcc", f'[ "$1" = --version ] && echo "{output}" || echo "#\\$ _HERE_={home}/bin" >&2')
         script(tmp_path / "bin/nvcc", f'exec {home}/bin/nvcc "$@"')
         monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
         return home
@@ -240,7 +261,7 @@ def test_torch_without_cuda(build, install_toolkit, monkeypatch, capsys):
         ("13.0", "13.0", "Turin", "TORCH_CUDA_ARCH_LIST=Turin names no architecture"),
     ],
 )
-def test_one_sentence_where_cuda_kernels_cannot_be_built(
+def test_one_line_if_cuda_kernels_cannot_be_built(
     build, install_toolkit, monkeypatch, capsys, of_torch, of_nvcc, architectures, message
 ):
     if of_nvcc:

@@ -1,7 +1,6 @@
-"""The eager backend, and plain torch in float64 as the truth for the kernels, against the loops of `oracles.py`.
+"""The eager backend, and plain torch in float64, the reference of the kernels, against the loops of `oracles.py`.
 
-All other tests of values compare kernels with plain torch, so these cases are few: the loops differ from torch in
-nothing but the formula.
+All other tests of values compare kernels with plain torch.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """The reference backend: both ops in plain PyTorch, for any device and dtype, twice differentiable."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from lfcc_kernels.backends.dtypes import accumulator
 
 def lowpass(
     x: Tensor,
-    scales: tuple[int, ...],
+    scales: Sequence[int],
     row_filters: Tensor | None,
     col_filters: Tensor | None,
     grid: list[int],

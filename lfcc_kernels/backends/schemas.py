@@ -64,7 +64,7 @@ _FAMILIES: list[tuple[str, tuple[str, ...], list[str]]] = [
         [
             "info_nce_foreach(Tensor[] students, Tensor[] teachers, Tensor temperature, Tensor? student_ids, "
             "Tensor? teacher_ids, int positive_offset, bool normalize) "
-            "-> (Tensor losses, Tensor student_grads, Tensor temperature_grads, Tensor columns)",
+            "-> (Tensor losses, Tensor student_grads, Tensor temperature_grads, Tensor columns)"
         ],
     ),
 ]

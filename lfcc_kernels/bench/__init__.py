@@ -1,7 +1,7 @@
-"""`lfcc bench`: the kernels and the loss against their peers, on the machine it runs on.
+"""`lfcc bench`: benchmarks of the kernels and the loss against other implementations on this machine.
 
-cases/ says what is measured and what it must cost, peers/ against whom, goals.py what is to be reached; harness.py lets
-the candidates of a case run in turn, runner.py goes through the cases in a child process; machine/ has the clock, the
-ceilings and the memory of a CPU and of a GPU; record.py is the format of the results, and tables.py, page.py,
-compare.py, explain.py and dispatch.py are what is made of them.
+cases/ defines the cases and their least work, peers/ the other implementations, targets.py the bounds to reach.
+runner.py measures the cases in a child process, harness.py the candidates of a case in turn; machine/ has the clocks,
+ceilings and memory of a CPU and of a GPU. record.py defines the record, which tables.py, plots.py, report.py,
+compare.py and dispatch.py read. explain.py breaks down the time of one case, tune/ tunes the Triton kernels.
 """

@@ -17,6 +17,7 @@ import torch
 
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.record import NOT_REACHED, Row
+from lfcc_kernels.text import aligned
 
 LEAST_NOISE = 0.05
 LEAST_GROWTH = 2**20  # bytes; smaller growth of memory is not reported
@@ -77,10 +78,10 @@ def compare(old: dict, new: dict) -> list[Change]:
         Change(what, *key)
         for what, some, others in zip(ABSENT, (before, after), (after, before), strict=True)
         for key, row in some.items()
-        if row.ours and key not in others
+        if row.is_lfcc and key not in others
     ]
     for key, row in before.items():
-        if row.ours and row.status == "ok" and key in after:
+        if row.is_lfcc and row.status == "ok" and key in after:
             changes += _changes(key, row, after[key], _peer_ratios(before, after, row))
     return sorted(changes, key=lambda change: -change.slowdown if change.what in TIMES else 0)
 
@@ -96,7 +97,7 @@ def text(changes: Sequence[Change]) -> str:
         others += [f"{what}: {'; '.join(titles[:5])}{more}"] if titles else []
     counts = [f"{sum(change.what == what for change in changes)} {what}" for what in (*TIMES, "broken")]
     formula = __doc__.partition("\n\n")[2].strip()
-    parts = [formula, _aligned([head, *times]) if times else "", "\n".join(others), ", ".join(counts)]
+    parts = [formula, "\n".join(aligned([head, *times], left=2)) if times else "", "\n".join(others), ", ".join(counts)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -116,7 +117,11 @@ def _peer_ratios(before: dict[Key, Row], after: dict[Key, Row], lfcc: Row) -> li
     return [
         after[key].median_ms / row.median_ms
         for key, row in before.items()
-        if key[:2] == (lfcc.run, lfcc.case) and not row.ours and row.median_ms and key in after and after[key].median_ms
+        if key[:2] == (lfcc.run, lfcc.case)
+        and not row.is_lfcc
+        and row.median_ms
+        and key in after
+        and after[key].median_ms
     ]
 
 
@@ -152,15 +157,3 @@ def _line(change: Change) -> str:
         "broken": lambda: change.note,
     }
     return f"{change.what}: {change.title}, {numbers[change.what]()}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: the first two are text, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if n < 2 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )

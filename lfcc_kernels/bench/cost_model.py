@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lfcc_kernels.bench.ofa import MODELS
+from lfcc_kernels.bench.tables import markdown_table
 from lfcc_kernels.filters import Learnable
 
 FLOAT, INT = 4, 8  # bytes
@@ -243,13 +244,11 @@ def cost_per_image(scales: Sequence[tuple[int, ...]] = ((1, 2, 4), (1, 2, 4, 7))
                 "GFLOP against 65,536 images": f"{run.flops / run.local_batch / 1e9:.1f}",
                 "parameters of the loss": f"{run.parameters:,}",
             })  # fmt: skip
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def cost_per_run(
-    batches: Sequence[int] = (1024, 8192, 65536),
-    ranks: Sequence[int] = (1, 8, 64),
-    scales: tuple[int, ...] = (1, 2, 4),
+    batches: Sequence[int] = (1024, 8192, 65536), ranks: Sequence[int] = (1, 8, 64), scales: tuple[int, ...] = (1, 2, 4)
 ) -> str:
     """A Markdown table of the cost of a `Run` on one GPU, for each of `PAIRS`, of the global batches and of the GPUs.
 
@@ -273,7 +272,7 @@ def cost_per_run(
                     "received by DDP": _size(run.gradients_received(parameters)),
                     "TFLOP": f"{float(f'{run.flops / 1e12:.3g}'):,g}",
                 })  # fmt: skip
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _planned(student: str, teacher: str, teacher_bytes: int, batch: int, ranks: int, scales: tuple[int, ...]) -> Run:
@@ -281,11 +280,6 @@ def _planned(student: str, teacher: str, teacher_bytes: int, batch: int, ranks: 
     rows = min(local_batch, MAX_ROWS)
     channels = MODELS[student].channels, MODELS[teacher].channels
     return Run(*channels, rows, ranks, local_batch // rows, scales, teacher_bytes=teacher_bytes)
-
-
-def _markdown(lines: Sequence[dict[str, str]]) -> str:
-    cells = [lines[0].keys(), ["---"] * len(lines[0]), *(line.values() for line in lines)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _size(size: int) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from lfcc_kernels.backends.native import PACKAGE
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.record import Row
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 from lfcc_kernels.ops.dispatch import TABLE
 
 RUNS = ("default", "cuda")
@@ -59,8 +59,7 @@ def main(paths: Sequence[str | Path], output: str | Path | None = None) -> None:
         table[device] = sorted([*others, *lines], key=lambda line: (line["op"], line["dtype"]))
         before = "unchanged" if old == lines else f"before: {_describe(old) or 'the fixed order'}"
         print(f"{device} {op} {dtype}: {_describe(lines)} ({before})")
-    with replace_file(output) as file:
-        file.write(f"{json.dumps(dict(sorted(table.items())), indent=1, allow_nan=False)}\n".encode())
+    write_file(output, f"{json.dumps(dict(sorted(table.items())), indent=1, allow_nan=False)}\n")
     print(f"wrote {output}")
 
 
@@ -110,7 +109,7 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], Group]:
     """The times of lfcc by backend, case by case, without cases in which none was timed."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.op and row.ours and row.dtype != "float64":
+        if row.op and row.is_lfcc and row.dtype != "float64":
             cases[row.case].append(row)
     groups: dict[tuple[str, str], Group] = defaultdict(list)
     for some in cases.values():

@@ -59,9 +59,9 @@ def explain(case_name: str, request: Request) -> str:
         benchmark = Benchmark(case, request, machine)
         benchmark.run()
         rows = {row.candidate: row for row in benchmark.rows({})}
-        if rows["ours"].median_ms is None:
-            return f"{case.name}: lfcc {rows['ours'].status}, {rows['ours'].note}"
-        breakdown = _Breakdown(benchmark, rows["ours"], rows["eager"])
+        if rows["lfcc"].median_ms is None:
+            return f"{case.name}: lfcc {rows['lfcc'].status}, {rows['lfcc'].note}"
+        breakdown = _Breakdown(benchmark, rows["lfcc"], rows["eager"])
     finally:
         case.close()  # before the twin starts: both may use ranks of this process
     return breakdown.text(twin)
@@ -203,7 +203,7 @@ class _Breakdown:
     def _least_milliseconds(self, case: Case) -> float:
         """The fastest call of lfcc by the host's clock."""
         try:
-            call, inputs = case.candidates["ours"], case.inputs()
+            call, inputs = case.candidates["lfcc"], case.inputs()
             step = partial(case.run, call, inputs, torch.ones_like(call(*inputs)).detach())
             calls = 20 if self.machine.gpu else 1  # timings of several calls use the host's clock on any device
             return 1e3 * min(self.machine.seconds(step, calls) for _ in range(30))
@@ -223,7 +223,7 @@ def _find(name: str, request: Request, machine: Machine) -> tuple[Case, Case]:
         close = ", ".join(difflib.get_close_matches(name, pairs, n=5, cutoff=0))
         raise ValueError(f"bench --explain: no case name contains {name!r}; the closest are {close}")
     case, twin = pairs[found[0]]
-    return replace(case, candidates={key: case.candidates[key] for key in ("ours", "eager")}), twin
+    return replace(case, candidates={key: case.candidates[key] for key in ("lfcc", "eager")}), twin
 
 
 def _floor(step: Step, row: Row) -> Line:

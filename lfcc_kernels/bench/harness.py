@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench.cases import Candidate, Case, WithConversion, served_by
+from lfcc_kernels.bench.cases import Candidate, Case, WithConversion, backend_of
 from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.record import BASELINE, Request, Row
 
@@ -50,8 +50,7 @@ class Benchmark:
         first = case.inputs()
         self._inputs = [first, *(case.inputs() for _ in range(self._input_sets(first) - 1))]
         self._turns = itertools.cycle(range(len(self._inputs)))
-        # The sets of inputs that one replay uses.
-        self._captured = list(range(len(self._inputs))) * math.ceil(10 / len(self._inputs))
+        self._captured = list(range(len(self._inputs))) * math.ceil(10 / len(self._inputs))  # input sets of a replay
         self._round = 0
         self._copy_gbps: list[float] = []
         self._gemm_gflops: list[float] = []
@@ -64,7 +63,7 @@ class Benchmark:
 
     @property
     def lfcc(self) -> Entry:
-        return self.entries["ours"]
+        return self.entries["lfcc"]
 
     def run(self) -> None:
         """All rounds."""
@@ -139,9 +138,8 @@ class Benchmark:
         return [entry for entry in self.entries.values() if entry.status == "ok"]
 
     def _backend(self, candidate: str) -> str:
-        if candidate == "ours":
-            return served_by(self.case, self.request, self.machine)
-        return candidate.removeprefix("ours, ") if candidate.startswith("ours, ") else ""
+        selected = backend_of(self.case, self.request, self.machine)
+        return selected if candidate == "lfcc" else candidate.partition("lfcc, ")[2]
 
     def _input_sets(self, first: Inputs) -> int:
         """Sets of inputs that together have twice the size of the last-level cache; 1 if a timing repeats calls."""
@@ -165,7 +163,7 @@ class Benchmark:
                 if error > tolerance:
                     entry.status, entry.note = "wrong", f"deviates by {error:.1e} of the largest value"
                 elif isinstance(entry.call, WithConversion):
-                    entry.call, entry.convert = entry.call.call, entry.call.convert
+                    entry.convert, entry.call = entry.call.convert, entry.call.call
                     entry.inputs = [_leaves(some, entry.convert) for some in self._inputs]
 
     def _expected(self, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -261,8 +259,7 @@ def _attempt(entry: Entry) -> Iterator[None]:
 
 def case_fields(case: Case, machine: Machine) -> dict:
     """The fields of a row that do not depend on the candidate."""
-    copied = ("suite", "label", "mode", "axis", "x", "op", "size", "formula")
-    return {name: getattr(case, name) for name in copied} | {
+    return {name: getattr(case, name) for name in ["suite", "label", "mode", "axis", "x", "op", "size", "formula"]} | {
         "case": case.name,
         "shape": list(case.shape),
         "dtype": str(case.dtype).removeprefix("torch."),

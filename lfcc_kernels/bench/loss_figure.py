@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lfcc_kernels.bench.record import Row
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 
 PAIR, SERIES = "average", "lfcc-over-B"  # labels of the cases that are drawn
 NAMES = {
-    "ours": "lfcc",  # "pool first": pools the student's maps and then projects them, as LFCCLoss does
+    "lfcc": "lfcc",  # "pool first": pools the student's maps and then projects them, as LFCCLoss does
     "compiled eager, pooled first": "torch.compile, pool first",
     "eager, pooled first": "eager, pool first",
     "compiled eager": "torch.compile",
@@ -61,8 +61,7 @@ def write_loss_figure(rows: Sequence[Row], device: str, source: str, output: Pat
     metadata = {"Title": "LFCC loss", "Source": source, "Description": json.dumps(values), "Date": None}
     with matplotlib.rc_context({"svg.hashsalt": "lfcc"}):
         _draw(values, device).savefig(svg, format="svg", metadata=metadata)
-    with replace_file(output) as file:
-        file.write(b"\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + b"\n")
+    write_file(output, b"\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + b"\n")
     return True
 
 
@@ -87,7 +86,7 @@ def _bars(axes: Axes, case: dict, quantity: str, label: str) -> None:
 
 def _lines(axes: Axes, case: dict, quantity: str, label: str) -> None:
     for name in reversed([name for name in NAMES if name in case]):
-        style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.5}
+        style = {"linewidth": 2.5, "zorder": 3} if name == "lfcc" else {"linewidth": 1.5}
         axes.plot(case["B"], case[name][quantity], "o-", color=_COLORS[name], label=NAMES[name], **style)
     axes.set(xscale="log", yscale="log", xlabel="batch size B", ylabel=label)
     axes.set_xticks(case["B"], [str(batch) for batch in case["B"]])

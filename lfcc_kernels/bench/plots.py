@@ -111,8 +111,8 @@ def _panels(rows: Sequence[Row], axis: str, label: str, points: Callable[[Row], 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
     """Line styles by candidate: lfcc thick and above the others."""
-    lfcc = dict.fromkeys(row.name for row in rows if row.ours)
-    peers = dict.fromkeys(row.name for row in rows if not row.ours)
+    lfcc = dict.fromkeys(row.name for row in rows if row.is_lfcc)
+    peers = dict.fromkeys(row.name for row in rows if not row.is_lfcc)
     return {
         name: {"color": LFCC, "marker": "o", "linewidth": 2.5, "linestyle": line, "zorder": 3}
         for name, line in zip(lfcc, ("-", "--", ":", "-."), strict=False)
@@ -222,7 +222,7 @@ def bandwidth(found: Sequence[Ranking]) -> Picture | None:
 
 def floors(rows: Sequence[Row]) -> Picture | None:
     """Bars of lfcc's fraction of the floor, by suite."""
-    rows = [row for row in rows if row.candidate == "ours" and row.fraction_of_floor is not None]
+    rows = [row for row in rows if row.candidate == "lfcc" and row.fraction_of_floor is not None]
     if not rows:
         return None
     suites: dict[str, list[Row]] = defaultdict(list)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers
+from lfcc_kernels.bench.peers import contrast
 from lfcc_kernels.ops.dispatch import select
 
 TIMEOUT = 120  # seconds that ranks wait for each other
@@ -37,12 +37,12 @@ def lfcc(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def eager(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """torch's gather, then the dense logits of this rank's rows and all keys."""
-    return peers.contrast_dense(student, _gather_keys(teacher), temperature)
+    return contrast.dense(student, _gather_keys(teacher), temperature)
 
 
 def linear_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """torch's gather, then its chunked cross entropy."""
-    return peers.contrast_linear_cross_entropy(student, _gather_keys(teacher), temperature)
+    return contrast.linear_cross_entropy(student, _gather_keys(teacher), temperature)
 
 
 class World:
@@ -123,11 +123,11 @@ class World:
     def _follower(self, rank: int, store: str, threads: int) -> Connection:
         """Starts another rank; returns the pipe to it."""
         spawn = get_context("spawn")
-        pipe, theirs = spawn.Pipe()
-        arguments = (self._device, rank, self._size, store, theirs, threads, self._make_rows)
+        pipe, remote = spawn.Pipe()
+        arguments = (self._device, rank, self._size, store, remote, threads, self._make_rows)
         process = spawn.Process(target=_follow, args=arguments, daemon=True)
         process.start()
-        theirs.close()  # so that the end of the process closes the pipe
+        remote.close()  # so that the end of the process closes the pipe
         self._exit_stack.callback(_end, process, pipe)
         return pipe
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 
 SCHEMA = 3
 NOT_REACHED = "not reached yet"  # note of a case that is still to be measured
@@ -31,7 +31,7 @@ class Request:
     device: str  # "cpu" or "cuda"
     size: str  # "full", "quick", or "tiny" for a smoke test
     dtype: str | None = None  # of all cases, instead of their own
-    backend: str | None = None  # of "ours", instead of the one that `auto` selects
+    backend: str | None = None  # of lfcc, instead of the one that `auto` selects
     peers: list[str] = field(default_factory=list)  # words of which a peer's name must contain one; empty: all
     words: list[str] = field(default_factory=list)  # words of which a case's name must contain one; empty: all
 
@@ -54,8 +54,8 @@ class Row:
     flops: int  # least FLOPs to compute
     formula: str  # how bytes and FLOPs are counted
     run: str  # "default" or "kept", the heap of a CPU (machine.KEPT_HEAP), or "cuda"
-    candidate: str  # "ours" (lfcc), "ours, BACKEND" (lfcc on another backend than `auto` selects), BASELINE, or a peer
-    backend: str  # of "ours"; "auto" if several ops may use several; empty for a peer
+    candidate: str  # "lfcc", "lfcc, BACKEND" (on another backend than `auto` selects), BASELINE, or a peer
+    backend: str  # of lfcc; "auto" if several ops may use several; empty for a peer
     # "ok", or not timed: "wrong" (deviates from the reference), "failed" (raised), "skipped" (not installed, no time)
     status: str
     note: str  # the reason if not ok; otherwise how calls were captured
@@ -66,9 +66,7 @@ class Row:
     q20_ms: float | None = None
     q80_ms: float | None = None
     conversion: str = ""  # the dtype or layout that the candidate needs
-    conversion_ms: float | None = (
-        None  # time of that conversion and, in "fwd+bwd", of the gradients back; not in median
-    )
+    conversion_ms: float | None = None  # time of that conversion and, in "fwd+bwd", of the gradients back
     share_of_step: float | None = None  # 1 - (time of the step without the loss) / median_ms
     input_copies: int = 0  # sets of inputs in rotation, so that none is in the last-level cache
     copy_gbps: float | None = None  # copy bandwidth, median of measurements between the rounds of this case
@@ -87,22 +85,19 @@ class Row:
         return display(self.candidate)
 
     @property
-    def ours(self) -> bool:
+    def is_lfcc(self) -> bool:
         """Whether the candidate is lfcc, on any backend."""
-        return self.candidate == "ours" or self.candidate.startswith("ours, ")
+        return self.candidate == "lfcc" or self.candidate.startswith("lfcc, ")
 
     @property
     def peer(self) -> bool:
         """Whether the candidate is another implementation of the same computation."""
-        return not self.ours and self.candidate != BASELINE
+        return not self.is_lfcc and self.candidate != BASELINE
 
 
 def display(candidate: str) -> str:
     """A candidate as tables and plots show it: "lfcc", "lfcc (BACKEND)", or the peer."""
-    name, _, backend = candidate.partition(", ")
-    if name != "ours":
-        return candidate
-    return f"lfcc ({backend})" if backend else "lfcc"
+    return f"lfcc ({candidate.removeprefix('lfcc, ')})" if candidate.startswith("lfcc, ") else candidate
 
 
 def new(request: Request) -> dict:
@@ -118,12 +113,8 @@ def put(results: dict, run: str, environment: dict, rows: Iterable[Row]) -> None
 def save(path: Path, results: dict) -> None:
     """Write the JSON file and the CSV file next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in (
-        (path, json.dumps(results, indent=1, allow_nan=False) + "\n"),
-        (csv_path(path), _csv(results)),
-    ):
-        with replace_file(target) as file:
-            file.write(text.encode())
+    write_file(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_file(csv_path(path), _csv(results))
 
 
 def load(path: str | Path) -> dict:
@@ -135,6 +126,9 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a record; expected the JSON file that lfcc bench writes") from None
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema!r}, but this version reads schema {SCHEMA}; measure again")
+    for row in (row for run in results["runs"].values() for row in run["rows"]):
+        if row["candidate"].partition(", ")[0] == "ours":  # the name of lfcc in older records
+            row["candidate"] = row["candidate"].replace("ours", "lfcc", 1)
     return results
 
 

@@ -72,7 +72,7 @@ def measure(path: Path, minutes: float) -> bool:
     deadline = time.time() + 60 * minutes
     for run, environment in _environments(record.request(record.load(path))).items():
         _measure_run(path, run, {**os.environ, **environment}, deadline)
-    lfcc = (row for row in record.rows(record.load(path)) if row.candidate == "ours")
+    lfcc = (row for row in record.rows(record.load(path)) if row.candidate == "lfcc")
     return all(row.status in ("ok", "skipped") for row in lfcc)
 
 
@@ -122,7 +122,7 @@ def work(path: Path, deadline: float) -> int:
 
     parent = os.getppid()  # if it ends, nobody waits for the results
     crashed = {row.candidate for some in rows.values() for row in some if row.note.startswith(CRASHED)}
-    crashed -= {"ours", "eager"}
+    crashed -= {"lfcc", "eager"}
     left = [case for case in choose(request, machine) if case.name in rows and rows[case.name][0].note == NOT_REACHED]
     total = len({(row.run, row.case) for row in record.rows(results)})
     done = total - sum(row.note == NOT_REACHED for row in record.rows(results))
@@ -170,11 +170,11 @@ def _mark_crash(rows: list[Row]) -> list[Row]:
 
 
 def _without_time(case: Case, machine: Machine, status: str, note: str) -> Row:
-    return Row(**case_fields(case, machine), candidate="ours", backend="", status=status, note=note)
+    return Row(**case_fields(case, machine), candidate="lfcc", backend="", status=status, note=note)
 
 
 def _line(rows: list[Row]) -> str:
-    lfcc = next(row for row in rows if row.candidate == "ours")
+    lfcc = next(row for row in rows if row.candidate == "lfcc")
     if lfcc.median_ms is None:
         return f"{lfcc.case}: lfcc {lfcc.status}, {lfcc.note}"
     others = {row.name: row.median_ms for row in rows if row is not lfcc and row.median_ms is not None}
@@ -185,7 +185,7 @@ def _line(rows: list[Row]) -> str:
 def _usable(machine: Machine) -> bool:
     """Whether the device still computes."""
     try:
-        return torch.randn(8, device=machine.device).sum().isfinite().item()
+        return bool(torch.randn(8, device=machine.device).sum().isfinite())
     except Exception:
         return False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.record import Row
 from lfcc_kernels.bench.targets import TARGETS
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 
 Table = list[dict[str, str]]  # one dict per line, all with the same keys
 
@@ -65,10 +65,10 @@ def rankings(rows: Iterable[Row]) -> list[Ranking]:
             cases[row.run, row.case].append(row)
     found = []
     for timed in cases.values():
-        lfcc = [row for row in timed if row.candidate == "ours"]
+        lfcc = [row for row in timed if row.candidate == "lfcc"]
         peers = tuple(row for row in timed if row.peer)
         if lfcc and peers:
-            others = tuple(row for row in timed if row.ours and row.candidate != "ours")
+            others = tuple(row for row in timed if row.is_lfcc and row.candidate != "lfcc")
             found.append(Ranking(lfcc[0], peers, others))
     return sorted(found, key=lambda ranking: ranking.speedup)
 
@@ -82,7 +82,7 @@ def markdown(results: dict) -> str:
     """All tables of a record under "###" headings; begins with `overview`."""
     _, faster = times(results)
     tables = {FASTER: faster, MEMORY: memory(results), "Not timed": not_timed(results)}
-    return "\n\n".join([overview(results), *(f"### {head}\n\n{_markdown_table(t)}" for head, t in tables.items())])
+    return "\n\n".join([overview(results), *(f"### {head}\n\n{markdown_table(t)}" for head, t in tables.items())])
 
 
 def overview(results: dict) -> str:
@@ -90,8 +90,8 @@ def overview(results: dict) -> str:
     slower, _ = times(results)
     sections = [
         *facts(results),
-        f"### {SLOWER}\n\n{summary(results)}\n\n{_markdown_table(slower)}",
-        f"### Targets\n\n{_markdown_table(targets(results))}",
+        f"### {SLOWER}\n\n{summary(results)}\n\n{markdown_table(slower)}",
+        f"### Targets\n\n{markdown_table(targets(results))}",
         "\n".join(f"- {note}" for note in notes(results)),
     ]
     return "\n\n".join(sections)
@@ -147,7 +147,7 @@ def memory(results: dict) -> Table:
     return [
         {
             "case": title(rows[0]),
-            "lfcc": "; ".join(_mebibytes(row) for row in rows if row.ours),
+            "lfcc": "; ".join(_mebibytes(row) for row in rows if row.is_lfcc),
             "peers": "; ".join(_mebibytes(row) for row in rows if row.peer),
         }
         for rows in cases.values()
@@ -179,8 +179,7 @@ def not_timed(results: dict) -> Table:
 def save(path: Path, results: dict) -> Path:
     """Write the tables as Markdown next to the record at `path`; returns their path."""
     target = path.with_suffix(".md")
-    with replace_file(target) as file:
-        file.write(f"{markdown(results)}\n".encode())
+    write_file(target, f"{markdown(results)}\n")
     return target
 
 
@@ -236,7 +235,7 @@ def _floor(row: Row) -> str:
 
 
 def _lfcc_and_eager(ranking: Ranking, text: Callable[[Row], str]) -> str:
-    texts = [text(row) for row in (ranking.lfcc, *ranking.peers) if row.candidate in ("ours", "eager")]
+    texts = [text(row) for row in (ranking.lfcc, *ranking.peers) if row.candidate in ("lfcc", "eager")]
     return " / ".join(texts) if any(texts) else ""
 
 
@@ -246,10 +245,10 @@ def _error(row: Row) -> str:
 
 def _mebibytes(row: Row) -> str:
     mebibytes = f"{row.peak_memory_bytes / 2**20:.1f}"
-    return mebibytes if row.candidate == "ours" else f"{row.candidate.removeprefix('ours, ')} {mebibytes}"
+    return mebibytes if row.candidate == "lfcc" else f"{row.candidate.removeprefix('lfcc, ')} {mebibytes}"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     if not table:
         return "None."
     lines = [list(table[0]), ["---"] * len(table[0]), *(list(line.values()) for line in table)]

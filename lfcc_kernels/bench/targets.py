@@ -35,7 +35,7 @@ class Target:
     def measure(self, rows: Rows) -> float:
         """The value of the metric; raises LookupError if a row or its value is missing."""
 
-        def values(field: str, candidate: str = "ours") -> list[float]:
+        def values(field: str, candidate: str = "lfcc") -> list[float]:
             found = [getattr(rows[case, candidate], field) for case in self.cases]
             if None in found:
                 raise LookupError(f"{field} of {candidate} was not measured")

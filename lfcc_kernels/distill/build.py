@@ -11,11 +11,10 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from torch import nn
-from torch.utils.data import Dataset
 
 from .config import FitSettings
 from .data import fingerprint, open_dataset
-from .data.readers import Stream
+from .data.readers import ImageDataset, Stream
 from .distiller import Distiller, HasTaps, build_lfcc
 from .distributed import local_rank
 from .features import FeatureExtractor, create_extractor
@@ -37,7 +36,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def open_split(args: argparse.Namespace, split: str) -> Dataset | Stream:
+def open_split(args: argparse.Namespace, split: str) -> ImageDataset | Stream:
     """The split "train" or "val" of the data set."""
     return open_dataset(
         args.dataset,
@@ -108,7 +107,9 @@ def create_distiller(
     )
 
 
-def identity_of(args: argparse.Namespace, data_config: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+def identity_of(
+    args: argparse.Namespace, data_config: Mapping[str, Any], dataset: ImageDataset | Stream
+) -> dict[str, Any]:
     """What the teacher's outputs of a run depend on, as nested plain values; does not load the teacher.
 
     `args` are the options of `lfcc distill`, `data_config` is timm's for the student, `dataset` the training images.

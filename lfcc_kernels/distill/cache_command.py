@@ -24,6 +24,7 @@ from .build import (
 )
 from .config import create_parser, merge, read_yaml
 from .data.evaluation import EvaluationImages
+from .data.readers import Stream
 from .distiller import TeacherOutputs
 from .distributed import barrier, distributed_context, is_main
 from .models import check_classes
@@ -74,11 +75,12 @@ def _cache(folder: Path, args: argparse.Namespace, device: torch.device) -> None
     classes = len(dataset.classes)
     student, data_config = create_student(args, classes)
     identity = identity_of(args, data_config, dataset)
+    assert not isinstance(dataset, Stream)  # for which `identity_of` raises
     image_size = data_config["input_size"][-1]
     teacher = create_teacher(args, student, classes, image_size).to(device)
     distiller = create_distiller(args, student, teacher, image_size).to(device)
     # Fails now instead of after the cache is written.
-    check_classes(args.dataset, dataset.classes, dataset.classes, teacher.model.num_classes if args.kd_alpha else None)
+    check_classes(args.dataset, dataset.classes, dataset.classes, teacher.num_classes if args.kd_alpha else None)
     settings = fit_settings(args)
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ import torch
 from timm.data import Mixup, create_transform
 from timm.utils import random_seed
 from torch import nn
-from torch.utils.data import Dataset
 
 from .build import (
     choose_device,
@@ -26,7 +25,7 @@ from .checkpoint import load_checkpoint
 from .config import as_config, create_parser, merge, read_yaml
 from .data.evaluation import evaluation_loader, top1
 from .data.loader import Batches, TrainBatches
-from .data.readers import STREAMED, Stream, loader_errors
+from .data.readers import STREAMED, ImageDataset, Stream, loader_errors
 from .data.streams import StreamedBatches
 from .distributed import broadcast_object, distributed_context, is_main, rank, world_size
 from .loop import fit
@@ -103,7 +102,7 @@ def _train(
     image_size = data_config["input_size"][-1]
     cache = _open_cache(args, data_config, train)
     teacher = cache or create_teacher(args, student, classes, image_size)
-    head = None if teacher is None else teacher.num_classes if cache else teacher.model.num_classes
+    head = None if teacher is None else teacher.num_classes
     check_classes(args.dataset, train.classes, val.classes, head if args.kd_alpha else None)
     random_seed(args.seed)  # same projections with a teacher and with a cache
     distiller = create_distiller(args, student, teacher, image_size).to(device)
@@ -135,7 +134,9 @@ def _train(
         fit(distiller, batches, evaluate, settings, run, checkpoint=checkpoint, config=as_config(args))
 
 
-def _open_cache(args: argparse.Namespace, data_config: Mapping[str, Any], train: Dataset) -> TeacherCache | None:
+def _open_cache(
+    args: argparse.Namespace, data_config: Mapping[str, Any], train: ImageDataset | Stream
+) -> TeacherCache | None:
     """The teacher cache of this run, after a check of its identity; None without one."""
     if args.teacher_cache is None or not (args.kd_alpha or args.lfcc_beta):
         return None
@@ -150,7 +151,7 @@ def _open_cache(args: argparse.Namespace, data_config: Mapping[str, Any], train:
 
 def _create_batches(
     args: argparse.Namespace,
-    train: Dataset | Stream,
+    train: ImageDataset | Stream,
     data_config: Mapping[str, Any],
     cache: TeacherCache | None,
     device: torch.device,

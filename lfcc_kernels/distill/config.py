@@ -86,10 +86,12 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    count, number = {"type": _count, "metavar": "N"}, {"type": float, "metavar": "FLOAT"}
-    pixels, flag = {"type": _count, "metavar": "PX"}, {"action": argparse.BooleanOptionalAction}
-    taps = {"type": _tap, "nargs": "+", "metavar": "TAP"}
-    pairs = {"nargs": "+", "action": _Pairs, "default": {}, "metavar": "KEY=VALUE"}
+    count: dict[str, Any] = {"type": _count, "metavar": "N"}
+    number: dict[str, Any] = {"type": float, "metavar": "FLOAT"}
+    pixels: dict[str, Any] = {"type": _count, "metavar": "PX"}
+    flag: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    taps: dict[str, Any] = {"type": _tap, "nargs": "+", "metavar": "TAP"}
+    pairs: dict[str, Any] = {"nargs": "+", "action": _Pairs, "default": {}, "metavar": "KEY=VALUE"}
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="YAML file of options; the command line wins")
 
     add = parser.add_argument_group("data").add_argument

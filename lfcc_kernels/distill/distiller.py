@@ -7,7 +7,7 @@ CE is the cross-entropy with the labels, KL follows Hinton et al. (arXiv 1503.02
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
 from lfcc_kernels import LFCCLoss
+from lfcc_kernels.distributed import GatheredKeys
 
 from .distributed import is_distributed, world_size
 from .features import FeatureExtractor, Tap
@@ -101,8 +102,8 @@ class Distiller(nn.Module):
         Call it before DDP wraps the module. The gather over ranks is not compiled, so that it can be timed.
         """
         self.student.compile(fullgraph=True, **options)
-        self._pool = torch.compile(self._pool, fullgraph=True, **options)
-        self._terms = torch.compile(self._terms, fullgraph=True, **options)
+        for name in ("_pool", "_terms"):
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, **options))
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> TeacherOutputs:
@@ -139,24 +140,22 @@ class Distiller(nn.Module):
             cached: result of `cache_gradients`, replaces the LFCC loss in an update of several batches.
 
         Returns:
-            0-d tensors: "loss", the weighted sum, and the unweighted terms "ce", "kd", "lfcc" whose weight is not 0;
-            and "logits" (B, classes).
+            The 0-d tensors "loss", the weighted sum, and "ce", "kd", "lfcc", the unweighted terms whose weight is not
+            0; and "logits" (B, classes).
         """
-        travelling = None
-        if labels is not None and "lfcc" in self.weights and cached is None:
-            travelling = self.lfcc.gather_async(teacher_outputs.pyramids, ids)
+        contrasts = labels is not None and "lfcc" in self.weights and cached is None
+        pending = self.lfcc.gather_async(teacher_outputs.pyramids, ids) if contrasts else None
         logits, features = self.student(images)
         self._end_phase("student")
         if logits.requires_grad and self.on_phase is not None:
-            # Runs in the backward pass between the losses and the student.
-            logits.register_hook(lambda grad: self._end_phase("loss"))
+            logits.register_hook(lambda grad: self._end_phase("loss"))  # after the backward pass of the losses
         pyramids = self._pool(features)
         if labels is None:
             return StudentOutputs(logits, pyramids)
         if labelled is None and not labels.is_floating_point():
             labelled = labelled_images(labels)
         self._end_phase("loss")
-        keys = travelling and travelling.wait()
+        keys = None if pending is None else pending.wait()
         self._end_phase("gather")
         return self._terms(logits, pyramids, labels, teacher_outputs, ids, keys, labelled, cached)
 
@@ -179,14 +178,14 @@ class Distiller(nn.Module):
             None if ids is None else torch.cat(list(ids)),
             temperature=learned[0] if learned else None,
         )
-        gradients = torch.autograd.grad(loss, students + learned)
+        gradients = torch.autograd.grad(cast(Tensor, loss), students + learned)
         per_batch = [(batches * gradient).split(sizes) for gradient in gradients[: len(students)]]
         of_temperature = gradients[-1] if learned else None
         return [CachedGradients(loss.detach(), list(stages), of_temperature) for stages in zip(*per_batch, strict=True)]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the student excludes from weight decay, for timm's optimizer factory."""
-        names = getattr(self.student.model, "no_weight_decay", set)()
+        names: set[str] = getattr(self.student.model, "no_weight_decay", set)()
         return {f"student.model.{name}" for name in names}
 
     def _end_phase(self, name: str) -> None:
@@ -203,7 +202,7 @@ class Distiller(nn.Module):
         labels: Tensor,
         teacher: TeacherOutputs,
         ids: Tensor | None,
-        keys: tuple[list[Tensor], Tensor | None] | None,
+        keys: GatheredKeys | None,
         labelled: Tensor | None,
         cached: CachedGradients | None,
     ) -> dict[str, Tensor]:
@@ -212,10 +211,10 @@ class Distiller(nn.Module):
             if "kd" in self.weights:
                 terms["kd"] = _logit_kd(logits.float(), teacher.logits.float(), self.kd_temperature)
             if "lfcc" in self.weights and cached is None:
-                terms["lfcc"] = self.lfcc.contrast(pyramids, teacher.pyramids, ids, keys=keys)
+                terms["lfcc"] = cast(Tensor, self.lfcc.contrast(pyramids, teacher.pyramids, ids, keys=keys))
             elif "lfcc" in self.weights:
                 terms["lfcc"] = _with_gradients(cached, pyramids, self.lfcc.info_nce.temperature)
-        loss = sum(self.weights[name] * term for name, term in terms.items())
+        loss = cast(Tensor, sum(self.weights[name] * term for name, term in terms.items()))
         return {"loss": loss, **terms, "logits": logits}
 
 
@@ -233,8 +232,11 @@ class Classifier(nn.Module):
 class HasTaps(Protocol):
     """An extractor or a teacher cache."""
 
-    taps: tuple[Tap, ...]
-    channels: list[int]
+    @property
+    def taps(self) -> tuple[Tap, ...]: ...
+
+    @property
+    def channels(self) -> list[int]: ...
 
 
 def build_lfcc(student: HasTaps, teacher: HasTaps, **options) -> LFCCLoss:

@@ -120,8 +120,8 @@ def parallelize(
         return distiller
     device = next(distiller.parameters()).device
     if not shard:
-        on_gpu = {"device_ids": [device]} if device.type == "cuda" else {}
-        return DistributedDataParallel(distiller, gradient_as_bucket_view=True, **on_gpu)
+        device_ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(distiller, device_ids, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (world_size(),))
     for model in (student, average):
         for block in _blocks(model) if model is not None else ():
@@ -130,7 +130,8 @@ def parallelize(
             fully_shard(block, mesh=mesh)
     if average is not None:
         fully_shard(average, mesh=mesh)
-    return fully_shard(distiller, mesh=mesh)
+    fully_shard(distiller, mesh=mesh)
+    return distiller
 
 
 @contextmanager

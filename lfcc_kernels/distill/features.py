@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ class FeatureExtractor(nn.Module):
     def channels(self) -> list[int]:
         return [tap.channels for tap in self.taps]
 
+    @property
+    def num_classes(self) -> int:
+        return cast(int, self.model.num_classes)
+
     def forward(self, images: Tensor) -> Features:
         images = self.preprocess(images)
         return self._forward_taps(images) if self.taps else (self.model(images), [])
@@ -74,11 +78,11 @@ class HookExtractor(FeatureExtractor):
     def __init__(self, model: nn.Module, taps: Sequence[Tap], preprocess: nn.Module | None = None) -> None:
         super().__init__(model, taps, preprocess)
         # None outside `forward`, since copies of the model, such as its moving average, have the hooks too.
-        self._recorded: dict[str, Tensor] | None = None
+        self._recorded: dict[int | str, Tensor] | None = None
         for tap in taps:
-            model.get_submodule(tap.name).register_forward_hook(self._recorder(tap.name))
+            model.get_submodule(str(tap.name)).register_forward_hook(self._recorder(tap.name))
 
-    def _recorder(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def _recorder(self, name: int | str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def record(module: nn.Module, args: tuple, output: Tensor) -> None:
             if self._recorded is not None:
                 self._recorded[name] = output
@@ -126,13 +130,15 @@ def create_extractor(
         return IntermediatesExtractor(model, default_taps(available_taps(model, image_size)), preprocess)
     if len(set(taps)) != len(taps):
         raise ValueError(f"taps are {list(taps)}, expected each tap once")
-    if all(isinstance(tap, int) for tap in taps):
+    indices = [tap for tap in taps if isinstance(tap, int)]
+    names = [tap for tap in taps if isinstance(tap, str)]
+    if len(indices) == len(taps):
         available = available_taps(model, image_size) if taps else ()
-        if unknown := [tap for tap in taps if not 0 <= tap < len(available)]:
+        if unknown := [tap for tap in indices if not 0 <= tap < len(available)]:
             raise ValueError(f"{type(model).__name__} has no tap {unknown[0]}, expected 0 to {len(available) - 1}")
-        return IntermediatesExtractor(model, [available[tap] for tap in sorted(taps)], preprocess)
-    if all(isinstance(tap, str) for tap in taps):
-        return HookExtractor(model, _hooked_taps(model, taps, image_size, grid, prefix_tokens), preprocess)
+        return IntermediatesExtractor(model, [available[tap] for tap in sorted(indices)], preprocess)
+    if len(names) == len(taps):
+        return HookExtractor(model, _hooked_taps(model, names, image_size, grid, prefix_tokens), preprocess)
     raise ValueError(f"taps are {list(taps)}, expected only indices or only module names")
 
 
@@ -199,16 +205,11 @@ def _hooked_taps(
 
 
 def _hooked_tap(
-    model: nn.Module,
-    name: str,
-    output: object,
-    image_size: Sequence[int],
-    grid: tuple[int, int] | None,
-    prefix: int,
+    model: nn.Module, name: str, output: object, image_size: Sequence[int], grid: tuple[int, int] | None, prefix: int
 ) -> Tap:
     if isinstance(output, Tensor) and output.ndim == 4:
         shape = output.permute(0, 3, 1, 2).shape if _is_channels_last(model) else output.shape
-        return Tap(name, type(model.get_submodule(name)).__name__, shape[1], tuple(shape[2:]), "maps")
+        return Tap(name, type(model.get_submodule(name)).__name__, shape[1], (shape[2], shape[3]), "maps")
     if isinstance(output, Tensor) and output.ndim == 3:
         cells = output.shape[1] - prefix
         patch = math.sqrt(image_size[0] * image_size[1] / max(cells, 1))

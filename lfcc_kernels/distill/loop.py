@@ -170,11 +170,7 @@ def create_training_state(distiller: Distiller, updates_per_epoch: int, settings
         distiller, distiller.student.model, average, shard=settings.fsdp, compiled=settings.torchcompile
     )
     optimizer = create_optimizer_v2(
-        distiller,
-        opt=settings.opt,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
+        distiller, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
     )
     scheduler, _ = create_scheduler_v2(
         optimizer,

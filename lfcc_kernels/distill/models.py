@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from lfcc_kernels.text import aligned
+
 from .checkpoint import CheckpointError
 from .features import available_taps, default_taps
 
@@ -48,7 +50,7 @@ def load_teacher(name: str, checkpoint: str | None, num_classes: int, *, image_s
         weights = timm.models.load_state_dict(checkpoint)
     except FileNotFoundError:
         raise FileNotFoundError(f"--teacher-checkpoint {checkpoint} does not exist") from None
-    except Exception as error:  # depends on where the file is damaged
+    except Exception as error:  # the type depends on the damage
         raise CheckpointError(f"{checkpoint} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
     try:
         classifier = timm.models.get_pretrained_cfg_value(name, "classifier") if timm.is_model(name) else None
@@ -117,13 +119,11 @@ def inspect_model(name: str, image_size: int | None = None) -> str:
         )
         for tap in taps
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
         [
             f"{name} at {size} x {size} pixels: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
             f"parameters, {taps[0].prefix_tokens} prefix tokens (removed from the features)",
-            *lines,
+            *aligned(rows, left=len(rows[0])),
             "* default taps of `lfcc distill`",
         ]
     )

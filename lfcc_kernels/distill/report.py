@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lfcc_kernels.html import Picture, Rows, html_link, html_table, write_html, write_picture
+from lfcc_kernels.text import aligned
 
 from .run_folder import read_csv
 
@@ -72,18 +73,15 @@ def write_report(
 def text_table(rows: Rows) -> str:
     """`rows` as a text table: the first column is left-aligned, the others right-aligned."""
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
+    lines.insert(1, ["-" * max(map(len, column)) for column in zip(*lines, strict=True)])
+    return "\n".join(aligned(lines, left=1))
 
 
 def _load(folders: Sequence[str | Path]) -> list[Run]:
-    folders = [Path(folder).resolve() for folder in folders]
-    short = len({folder.name for folder in folders}) == len(folders)
+    paths = [Path(folder).resolve() for folder in folders]
+    short = len({path.name for path in paths}) == len(paths)
     runs = []
-    for folder in folders:
+    for folder in paths:
         epochs, versions = read_csv(folder / "summary.csv"), folder / "versions.json"
         if not epochs:
             raise FileNotFoundError(

@@ -11,7 +11,6 @@ import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from lfcc_kernels import __version__, available_backends
-from lfcc_kernels.files import remove_stale, replace_file
-from lfcc_kernels.version import commit
+from lfcc_kernels.files import remove_stale, write_file
+from lfcc_kernels.version import commit, package_version
 
 from .distributed import is_main
 
@@ -57,10 +56,8 @@ class RunFolder:
         if not is_main():
             return
         self.root.mkdir(parents=True, exist_ok=True)
-        with replace_file(self.root / "config.yaml") as file:
-            file.write(yaml.safe_dump(dict(config), sort_keys=False).encode())
-        with replace_file(self.root / "versions.json") as file:
-            file.write(json.dumps(versions(), indent=2).encode() + b"\n")
+        write_file(self.root / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_file(self.root / "versions.json", f"{json.dumps(versions(), indent=2)}\n")
 
     @contextmanager
     def log(self, step: int) -> Iterator[RunLog]:
@@ -111,9 +108,7 @@ class _CsvLog:
     def __init__(self, path: Path, step: int) -> None:
         rows = [row for row in _whole_rows(path) if int(row["step"]) <= step]
         self._header = list(rows[0]) if rows else []
-        with replace_file(path) as file:
-            for row in [self._header, *(row.values() for row in rows)] if rows else []:
-                file.write(_line(row).encode())
+        write_file(path, "".join(map(_line, [self._header, *(row.values() for row in rows)] if rows else [])))
         self._file = path.open("a", newline="")
 
     def __enter__(self) -> _CsvLog:
@@ -153,16 +148,9 @@ def versions() -> dict[str, Any]:
         "platform": platform.platform(),
         "lfcc-kernels": __version__,
         "torch": torch.__version__,
-        **{package: _version(package) for package in ("timm", "torchvision", "triton", "numpy")},
+        **{package: package_version(package) for package in ("timm", "torchvision", "triton", "numpy")},
         "backends": list(available_backends()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "commit": commit() or None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

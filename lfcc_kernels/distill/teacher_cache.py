@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lfcc_kernels.files import remove_stale, replace_file
+from lfcc_kernels.files import remove_stale, replace_file, write_file
 
 from .data.readers import loader_errors
 from .distiller import TeacherOutputs
@@ -196,8 +196,7 @@ def prepare(folder: Path, manifest: Manifest) -> list[int]:
             "fewer --teacher-taps or smaller --lfcc-scales",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with replace_file(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest.to_json(), indent=2).encode() + b"\n")
+    write_file(folder / MANIFEST, f"{json.dumps(manifest.to_json(), indent=2)}\n")
     return missing
 
 
@@ -228,7 +227,7 @@ class CacheWriter:
         ]
         loader = DataLoader(
             self._images,
-            batch_sampler=batches,
+            batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for lists, but takes any sequences
             num_workers=workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),
@@ -252,7 +251,7 @@ class CacheWriter:
             file.write(self.manifest.header(part))
             while left:
                 images = next(batches)
-                file.write(self._rows(images))
+                file.write(self._rows(images).data)
                 left -= len(images)
                 progress(len(images))
 
@@ -261,14 +260,14 @@ class CacheWriter:
         started = time.perf_counter()
         views = [images, images.flip(-1)] if self.manifest.flips else [images]
         exact = torch.stack([_flatten(self._teacher(view)) for view in views], 1)
-        rows = exact.to(getattr(torch, self.manifest.dtype))
-        if not rows.isfinite().all():
+        rounded = exact.to(getattr(torch, self.manifest.dtype))
+        if not rounded.isfinite().all():
             problem, option = f"are not finite in {self.manifest.precision}", "check its weights, or use --no-amp"
             if exact.isfinite().all():
                 problem = f"reach {exact.abs().max():.4g}, which overflows {self.manifest.dtype}"
                 option = "use --cache-dtype float32"
             raise CacheError(f"the teacher's outputs {problem}: {option}, with another folder")
-        rows = rows.cpu().numpy()
+        rows = rounded.cpu().numpy()
         self.seconds += time.perf_counter() - started
         self.views += rows.shape[0] * rows.shape[1]
         return rows

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -76,7 +76,9 @@ class LFCCTask(TrainingTask):
         teacher = create_extractor(teacher_model, teacher_taps, image_size=size, preprocess=to_teacher)
         lfcc = build_lfcc(student, teacher, **(lfcc_options or {})) if beta else None
         # Without the teacher, since `setup_ema` copies this module.
-        self.trainable_module = Distiller(student, None, lfcc, alpha=alpha, beta=beta, kd_temperature=kd_temperature)
+        self.trainable_module: nn.Module = Distiller(
+            student, None, lfcc, alpha=alpha, beta=beta, kd_temperature=kd_temperature
+        )
         self.trainable_module.to(self.device)
         self.teacher = teacher.to(self.device, self.dtype).eval().requires_grad_(False)
         self.criterion = criterion
@@ -104,7 +106,7 @@ class LFCCTask(TrainingTask):
     def _teacher_outputs(self, images: Tensor) -> TeacherOutputs:
         logits, features = self.teacher(images)
         lfcc = self._distiller().lfcc
-        return TeacherOutputs(logits, lfcc and lfcc.teacher_pyramids(features))
+        return TeacherOutputs(logits, None if lfcc is None else lfcc.teacher_pyramids(features))
 
     def train(self, mode: bool = True) -> "LFCCTask":
         """Set the mode of everything except the teacher."""
@@ -120,7 +122,7 @@ class LFCCTask(TrainingTask):
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compile student, losses and teacher; call it before `prepare_distributed`. Returns the compiled student."""
         options = {"backend": backend, "mode": mode, **compile_kwargs}
-        self.eval_model = torch.compile(self.get_eval_model(), **options)
+        self.eval_model = cast(nn.Module, torch.compile(self.get_eval_model(), **options))
         self.trainable_module.compile(**options)
         self.teacher.compile(**options)
         return self.eval_model

@@ -33,7 +33,8 @@ def update(
     with settings.autocast(device):
         teachers = [distiller.teach(batch.images) if batch.teacher is None else batch.teacher for batch in batches]
     timer.mark("teacher")
-    rngs, cached = [nullcontext() for _ in batches], [None for _ in batches]
+    rngs: list[AbstractContextManager] = [nullcontext() for _ in batches]
+    cached: list[CachedGradients | None] = [None for _ in batches]
     if len(batches) > 1 and "lfcc" in distiller.weights:
         rngs, cached = _first_pass(distiller, batches, teachers, settings)
         timer.mark("loss")

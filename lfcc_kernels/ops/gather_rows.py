@@ -37,7 +37,8 @@ def wait_rows(rows: Tensor) -> Tensor:
 
 @torch.library.impl(library, "gather_rows", "CompositeExplicitAutograd")
 def _(rows: Tensor, with_ids: bool, wait: bool, world_size: int, group: str) -> Tensor:
-    _check_ranks_agree(rows, with_ids, dist.distributed_c10d._resolve_process_group(group))
+    process_group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]  # a NewType of str
+    _check_ranks_agree(rows, with_ids, process_group)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(rows.contiguous(), world_size, group)
     return torch.ops._c10d_functional.wait_tensor(gathered) if wait else gathered
 

@@ -70,14 +70,7 @@ def _backward(backend, ctx, grad):
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             grad_x = op("lowpass_input_grad", backend)(
-                grad,
-                ctx.size,
-                ctx.channels_last,
-                ctx.scales,
-                row_filters,
-                col_filters,
-                ctx.grid,
-                ctx.prefix_tokens,
+                grad, ctx.size, ctx.channels_last, ctx.scales, row_filters, col_filters, ctx.grid, ctx.prefix_tokens
             )
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             grad_rows, grad_cols = op("lowpass_filter_grad", backend)(
@@ -158,11 +151,11 @@ def _backward_foreach(backend, ctx, grads):
                     grads[n], x, ctx.scales, row_filters[n], col_filters[n], grid if grid[0] else [],
                     ctx.prefix_tokens[n],
                 )  # fmt: skip
-    grad_maps, grad_rows, grad_cols = (
+    of_maps, of_rows, of_cols = (
         [once_differentiable(gradient, inputs) for gradient in gradients]
         for gradients in (grad_maps, grad_rows, grad_cols)
     )
-    return grad_maps, None, grad_rows, grad_cols, None, None
+    return of_maps, None, of_rows, of_cols, None, None
 
 
 register_autograd("lowpass_foreach", _setup_foreach, _backward_foreach)

@@ -27,10 +27,7 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
     """Register the derivative of an op for every overload; `backward` gets the backend's name before its ctx."""
     for backend in BACKENDS[name]:
         torch.library.register_autograd(
-            qualified(name, backend),
-            functools.partial(backward, backend),
-            setup_context=setup_context,
-            lib=library,
+            qualified(name, backend), functools.partial(backward, backend), setup_context=setup_context, lib=library
         )
 
 

@@ -1,4 +1,4 @@
-"""Rows and records of a benchmark that nobody ran."""
+"""Rows and records with made-up numbers."""
 
 from lfcc_kernels.bench import record
 from lfcc_kernels.bench.record import Request, Row
@@ -18,9 +18,9 @@ ENVIRONMENT = {
 
 
 def row(case: str, candidate: str, **fields) -> Row:
-    """A row of a case that is named as `Case.name` does, "lowpass-nchw-2x8x4x4-float32-fwd"; 1 ms where none is given.
+    """A row of a case with a name like "lowpass-nchw-2x8x4x4-float32-fwd", by default with a median of 1 ms.
 
-    The quantiles are 10 % below and above the time. One that is not "ok" has no times.
+    The quantiles are 10 % below and above the median. A row whose status is not "ok" has no times.
     """
     suite, rest = case.split("-", 1)
     label, shape, dtype, mode = rest.rsplit("-", 3)
@@ -40,7 +40,7 @@ def row(case: str, candidate: str, **fields) -> Row:
         "flops": 0,
         "formula": "X bytes",
         "run": "default",
-        "backend": "cpu" if candidate == "ours" else candidate.partition("ours, ")[2],
+        "backend": "cpu" if candidate == "lfcc" else candidate.partition("lfcc, ")[2],
         "status": "ok",
         "note": "",
         "error": 1e-7,
@@ -53,7 +53,7 @@ def row(case: str, candidate: str, **fields) -> Row:
 
 
 def results(*rows: Row, size: str = "full") -> dict:
-    """A record with these rows, each in the run that it names."""
+    """A record with these rows, each in its run."""
     made = record.new(Request(suites=sorted({row.suite for row in rows}), device="cpu", size=size))
     for run in dict.fromkeys(row.run for row in rows):
         record.put(made, run, ENVIRONMENT, (row for row in rows if row.run == run))

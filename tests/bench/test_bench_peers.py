@@ -1,4 +1,4 @@
-"""Peers: each agrees with plain loops in float64, value and gradients, or says in a sentence why it cannot run."""
+"""Each peer agrees with plain loops in float64, value and gradients, or raises with the reason that it cannot run."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,16 +10,15 @@ from oracles import loop_info_nce, loop_lowpass
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases import WithConversion, base, info_nce, lowpass, overhead
 from lfcc_kernels.bench.machine import Cpu, Cuda
-from lfcc_kernels.bench.peers import libraries
+from lfcc_kernels.bench.peers import contrast, libraries, pooling, whole_loss
 
-SCALES = (2, 4, 1)  # in no order, so that a peer must keep it
+SCALES = (2, 4, 1)  # unsorted: peers must keep the order
 
 
 def agree(peer: Callable[..., Tensor], truth: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """The same value, and the same gradients for a random upstream of all inputs that learn."""
+    """The values are equal, and so are the gradients of all inputs that require one."""
     try:
         got = peer(*inputs)
     except ImportError as reason:
@@ -39,7 +38,7 @@ def pair(count: int = 37, dim: int = 24) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def without_compiling() -> Iterator[None]:
-    """Functions for torch.compile run without the seconds that compiling takes."""
+    """Functions under torch.compile run uncompiled, which saves seconds."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -48,10 +47,10 @@ def without_compiling() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("peer", "rows"),
     [
-        (peers.contrast_dense, 37),
-        (peers.contrast_linear_cross_entropy, 300),
-        (peers.contrast_attention, 300),
-        (peers.contrast_row_blocks, 300),  # more than one block, the last of them not full
+        (contrast.dense, 37),
+        (contrast.linear_cross_entropy, 300),
+        (contrast.attention, 300),
+        (contrast.row_blocks, 300),  # more than one block, the last of them not full
         (libraries.cut_cross_entropy, 37),
         (libraries.pytorch_metric_learning, 37),
     ],
@@ -60,7 +59,7 @@ def test_one_way(peer: Callable[..., Tensor], rows: int, without_compiling: None
     agree(partial(peer, temperature=0.07), partial(loop_info_nce, temperature=0.07), *pair(rows))
 
 
-@pytest.mark.parametrize("peer", [peers.contrast_dense_symmetric, libraries.open_clip])
+@pytest.mark.parametrize("peer", [contrast.dense_symmetric, libraries.open_clip])
 def test_symmetric(peer: Callable[..., Tensor]) -> None:
     agree(partial(peer, temperature=0.07), partial(loop_info_nce, temperature=0.07, direction="symmetric"), *pair())
 
@@ -75,40 +74,38 @@ def loop_nt_xent(view: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "peer",
-    [peers.contrast_dense_nt_xent, libraries.lightly_nt_xent, libraries.pytorch_metric_learning_nt_xent],
+    "peer", [contrast.dense_nt_xent, libraries.lightly_nt_xent, libraries.pytorch_metric_learning_nt_xent]
 )
 def test_nt_xent(peer: Callable[..., Tensor]) -> None:
     view, other = pair()
     agree(partial(peer, temperature=0.5), partial(loop_nt_xent, temperature=0.5), view, other.requires_grad_())
 
 
-def test_ours_is_nt_xent_by_ids() -> None:
+def test_info_nce_with_ids_is_nt_xent() -> None:
     case = next(case for case in info_nce.cases(Cpu("tiny"), torch.float64) if case.label == "nt-xent")
     view, other = pair(*case.shape)
-    agree(case.candidates["ours"], partial(loop_nt_xent, temperature=0.1), view, other.requires_grad_())
+    agree(case.candidates["lfcc"], partial(loop_nt_xent, temperature=0.1), view, other.requires_grad_())
 
 
 @pytest.mark.parametrize(
-    "peer",
-    [peers.pool_each_scale, peers.pool_cascade, libraries.kornia, libraries.antialiased_cnns],
+    "peer", [pooling.pool_each_scale, pooling.cascade, libraries.kornia, libraries.antialiased_cnns]
 )
 def test_pooling(peer: Callable[..., Tensor]) -> None:
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     agree(partial(peer, scales=SCALES), partial(loop_lowpass, scales=SCALES), x)
 
 
-@pytest.mark.parametrize("peer", [peers.pool_one_gemm, peers.pool_one_gemm_channels_last])
+@pytest.mark.parametrize("peer", [pooling.one_gemm, pooling.one_gemm_channels_last])
 def test_pooling_by_one_gemm(peer: Callable[..., Tensor]) -> None:
     x = torch.randn(2, 3, 7, 9, dtype=torch.float64, requires_grad=True)
-    peer = partial(peer, matrix=peers.stacked_averages((7, 9), SCALES))
+    peer = partial(peer, matrix=pooling.stacked_averages((7, 9), SCALES))
     agree(peer, partial(loop_lowpass, scales=SCALES), x)
 
 
-def test_tokens_as_a_map() -> None:
+def test_tokens_viewed_as_a_map() -> None:
     tokens = torch.randn(2, 3 + 4 * 6, 5, dtype=torch.float64, requires_grad=True)
     agree(
-        lambda x: peers.pool_each_scale(peers.as_map(x, (4, 6), 3), SCALES),
+        lambda x: pooling.pool_each_scale(pooling.as_map(x, (4, 6), 3), SCALES),
         lambda x: loop_lowpass(x[:, 3:].reshape(2, 4, 6, 5).permute(0, 3, 1, 2), SCALES),
         tokens,
     )
@@ -117,18 +114,18 @@ def test_tokens_as_a_map() -> None:
 @pytest.mark.parametrize(
     "peer",
     [
-        lambda x, rows, cols: peers.filter_each_scale(x, rows, cols, SCALES),
-        lambda x, rows, cols: peers.pool_one_gemm(x, peers.stacked_filters(rows, cols, SCALES)),
+        lambda x, rows, cols: pooling.filter_each_scale(x, rows, cols, SCALES),
+        lambda x, rows, cols: pooling.one_gemm(x, pooling.stacked_filters(rows, cols, SCALES)),
     ],
 )
-def test_filters_that_learn(peer: Callable[..., Tensor]) -> None:
+def test_trainable_filters(peer: Callable[..., Tensor]) -> None:
     shapes = (2, 3, 7, 9), (sum(SCALES), 7), (sum(SCALES), 9)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     agree(peer, lambda x, rows, cols: loop_lowpass(x, SCALES, rows, cols), *inputs)
 
 
-@pytest.mark.parametrize("form", ["lfcc_pool_each_scale", "lfcc_project_maps", "lfcc_filter_each_scale"])
-def test_whole_loss(form: str) -> None:
+@pytest.mark.parametrize("form", [whole_loss.pool_each_scale, whole_loss.project_maps, whole_loss.filter_each_scale])
+def test_whole_loss(form: Callable[..., Tensor]) -> None:
     grids, widths, scales = (8, 5), ((3, 4), (2, 6)), (1, 4)
     maps = [
         torch.randn(6, c, grid, grid, dtype=torch.float64, requires_grad=side == 0)
@@ -137,11 +134,11 @@ def test_whole_loss(form: str) -> None:
     ]
     weights = [torch.randn(t, s, dtype=torch.float64, requires_grad=True) for s, t in widths]
     filters = [tuple(torch.randn(2, sum(scales), grid, dtype=torch.float64).unbind()) for grid in grids]
-    learnable = form == "lfcc_filter_each_scale"
+    learnable = form is whole_loss.filter_each_scale
 
     def peer(*inputs: Tensor) -> Tensor:
         arguments = inputs[:2], inputs[2:4], inputs[4:], *([filters] if learnable else []), scales, 0.1
-        return getattr(peers, form)(*arguments)
+        return form(*arguments)
 
     def truth(*inputs: Tensor) -> Tensor:
         losses = []
@@ -159,41 +156,41 @@ def test_whole_loss(form: str) -> None:
     "peer",
     [libraries.memeff, libraries.memeff_symmetric, libraries.inf_cl, libraries.inf_cl_symmetric, libraries.liger],
 )
-def test_what_needs_a_gpu_says_so(peer: Callable[..., Tensor]) -> None:
+def test_peers_that_need_a_gpu_raise_on_a_cpu(peer: Callable[..., Tensor]) -> None:
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         peer(*pair(), 0.1)
 
 
-def test_what_is_too_large_says_so() -> None:
+def test_inputs_too_large_for_a_peer_raise() -> None:
     for peer, rows in ((libraries.pytorch_metric_learning, 257), (libraries.pytorch_metric_learning_nt_xent, 129)):
         with pytest.raises(NotImplementedError, match="up to 256 rows, not 25"):
             peer(*pair(rows), 0.1)
     with FakeTensorMode(), pytest.raises(NotImplementedError, match="up to 256 values per row, not 512"):
-        peers.contrast_attention(*torch.empty(2, 8, 512, device="cuda"), 0.1)
+        contrast.attention(*torch.empty(2, 8, 512, device="cuda"), 0.1)
 
 
 @pytest.mark.parametrize("shape", [(56, 56), (16, 32), (14, 14)])
-def test_maps_that_do_not_halve_say_so(shape: tuple[int, int]) -> None:
+def test_blur_pools_raise_for_maps_that_do_not_halve(shape: tuple[int, int]) -> None:
     for peer in (libraries.kornia, libraries.antialiased_cnns):
         with pytest.raises((NotImplementedError, ImportError), match=r"does not halve down to \d x \d|No module"):
             peer(torch.randn(1, 2, *shape), SCALES)
 
 
-def test_cascade_needs_windows_of_one_size() -> None:
+def test_cascade_raises_for_windows_of_unequal_size() -> None:
     with pytest.raises(NotImplementedError, match="14 x 14 is not a multiple of 4 x 4"):
-        peers.pool_cascade(torch.randn(1, 2, 14, 14), SCALES)
+        pooling.cascade(torch.randn(1, 2, 14, 14), SCALES)
 
 
-def test_only_a_full_benchmark_waits_for_compilers() -> None:
+def test_only_a_full_benchmark_compiles() -> None:
     with pytest.raises(NotImplementedError, match="only a full benchmark runs it"):
         libraries.cut_cross_entropy(*pair(), 0.1, compile=False)
-    eager = {"eager": peers.contrast_dense}
+    eager = {"eager": contrast.dense}
     assert [list(base.compiled(Cpu(size), eager)) for size in ("quick", "full")] == [[], ["compiled eager"]]
 
 
-def test_two_bytes_are_raised_on_a_cpu() -> None:
+def test_16_bit_inputs_are_upcast_on_a_cpu() -> None:
     student, teacher = (x.detach().bfloat16() for x in pair())
-    dense = partial(peers.contrast_dense, temperature=0.1)
+    dense = partial(contrast.dense, temperature=0.1)
     call = base.upcast_on_cpu(Cpu(), {"eager": dense}, torch.bfloat16)["eager"]
     assert isinstance(call, WithConversion) and call.conversion == "float32"
     loss = call(student.requires_grad_(), teacher)
@@ -203,24 +200,15 @@ def test_two_bytes_are_raised_on_a_cpu() -> None:
     assert base.upcast_on_cpu(Cpu(), {"eager": dense}, torch.float32) == {"eager": dense}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "fast", "names"),
-    [
-        (torch.bfloat16, True, ["eager in bfloat16"]),
-        (torch.bfloat16, False, []),
-        (torch.float16, True, []),
-        (torch.float32, True, []),
-    ],
-)
-def test_bfloat16_stays_where_the_processor_has_it(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fast: bool, names: list[str]
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    assert list(base.native_bfloat16(Cpu(), {"eager": peers.contrast_dense}, dtype)) == names
+def test_bfloat16_is_kept_if_the_processor_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, names in ((True, ["eager in bfloat16"]), (False, [])):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert list(base.native_bfloat16(Cpu(), {"eager": contrast.dense}, torch.bfloat16)) == names
+        assert not base.native_bfloat16(Cpu(), {"eager": contrast.dense}, torch.float16)
 
 
-def test_kernels_for_two_bytes_on_a_gpu() -> None:
-    call = peers.contrast_dense
+def test_16_bit_candidates_on_a_gpu() -> None:
+    call = contrast.dense
     assert base.bfloat16_on_gpu(Cpu(), call, torch.float32) is call
     assert base.bfloat16_on_gpu(Cuda(), call, torch.float16) is call
     converting = base.bfloat16_on_gpu(Cuda(), call, torch.float32)
@@ -229,7 +217,7 @@ def test_kernels_for_two_bytes_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("suite", [lowpass, info_nce, overhead])
-def test_all_candidates_of_a_case_give_what_eager_gives(suite) -> None:
+def test_all_candidates_of_a_case_agree_with_eager(suite) -> None:
     full, tiny = (suite.cases(Cpu(size), torch.float64) for size in ("quick", "tiny"))
     assert [case.label for case in full] == [case.label for case in tiny]
     ran: set[str] = set()
@@ -245,4 +233,4 @@ def test_all_candidates_of_a_case_give_what_eager_gives(suite) -> None:
                 continue
             ran.add(name)
             torch.testing.assert_close(results, expected, rtol=1e-7, atol=1e-10, msg=f"{name} in {case.name}")
-    assert ran >= {"ours", "eager"}
+    assert ran >= {"lfcc", "eager"}

@@ -1,4 +1,4 @@
-"""Changes between two records are found beyond the noise and beside the drift, and nothing else is."""
+"""`lfcc bench --compare` reports changes beyond noise and drift, and nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ CASE = "lowpass-nchw-2x8x4x4-float32-fwd"
 
 
 def timed(candidate: str, median: float, spread: float = 0.0, **fields):
-    """With quantiles `spread` of the median apart."""
+    """A row whose quantiles differ by `spread` times the median."""
     quantiles = {"q20_ms": median * (1 - spread / 2), "q80_ms": median * (1 + spread / 2)}
     return row(fields.pop("case", CASE), candidate, median_ms=median, **quantiles, **fields)
 
@@ -25,50 +25,49 @@ def changes(old: list, new: list) -> list[Change]:
 @pytest.mark.parametrize(
     ("median", "what"), [(1.06, ["slower"]), (1.04, []), (1.0, []), (0.96, []), (0.94, ["faster"])]
 )
-def test_five_percent_is_noise_at_least(median, what):
-    found = changes([timed("ours", 1.0)], [timed("ours", median)])
+def test_noise_is_at_least_five_percent(median, what):
+    found = changes([timed("lfcc", 1.0)], [timed("lfcc", median)])
     assert [change.what for change in found] == what
     assert all((change.old, change.new, change.drift, change.noise) == (1.0, median, 1.0, 0.05) for change in found)
 
 
 @pytest.mark.parametrize(("median", "slower"), [(1.29, False), (1.31, True)])
-def test_spreads_of_both_records_are_noise(median, slower):
-    """Half of 20 % and half of 40 %."""
-    found = changes([timed("ours", 1.0, 0.2)], [timed("ours", median, 0.4)])
+def test_noise_is_half_the_spread_of_both_records(median, slower):
+    found = changes([timed("lfcc", 1.0, 0.2)], [timed("lfcc", median, 0.4)])
     assert bool(found) == slower
 
 
 @pytest.mark.parametrize(("median", "what"), [(1.7, []), (1.6, ["faster"]), (1.9, ["slower"]), (1.0, ["faster"])])
-def test_a_machine_that_became_slower_is_told_by_the_peers(median, what):
+def test_drift_of_the_machine_is_that_of_the_peers(median, what):
     def peers(factor: float) -> list:
         return [timed(name, time * factor) for name, time in (("eager", 5.0), ("one-GEMM", 2.0))]
 
-    found = changes([timed("ours", 1.0), *peers(1)], [timed("ours", median), *peers(1.75)])
+    found = changes([timed("lfcc", 1.0), *peers(1)], [timed("lfcc", median), *peers(1.75)])
     assert [change.what for change in found] == what
     assert all(change.drift == pytest.approx(1.75) for change in found)
 
 
-def test_peers_that_disagree_are_noise():
-    """New over old is 1, 1.5 and 2: the median is 1.5, and from 20 to 80 % it goes from 1.2 to 1.8."""
-    old = [timed("ours", 1.0), *(timed(name, 1.0) for name in "abc")]
+def test_spread_of_the_peers_is_noise():
+    """Ratios of 1, 1.5 and 2: the median is 1.5, the 20 % and 80 % quantiles are 1.2 and 1.8."""
+    old = [timed("lfcc", 1.0), *(timed(name, 1.0) for name in "abc")]
     new = [timed(name, ratio) for name, ratio in zip("abc", (1.0, 1.5, 2.0), strict=True)]
     bound = 1.5 * (1 + 0.5 * 0.6 / 1.5)
-    assert not changes(old, [timed("ours", 0.99 * bound), *new])
-    (found,) = changes(old, [timed("ours", 1.01 * bound), *new])
+    assert not changes(old, [timed("lfcc", 0.99 * bound), *new])
+    (found,) = changes(old, [timed("lfcc", 1.01 * bound), *new])
     assert found.noise == pytest.approx(0.2) and found.drift == pytest.approx(1.5)
 
 
-def test_only_common_peers_of_the_case_and_run_count():
+def test_drift_counts_common_peers_of_the_case_and_run_only():
     others = {"case": CASE.replace("4x4", "8x8")}
-    old = [timed("ours", 1.0), timed("gone", 1.0), timed("eager", 1.0, **others), timed("eager", 1.0, run="kept")]
-    new = [timed("ours", 2.0), timed("new", 1.0), timed("eager", 2.0, **others), timed("eager", 2.0, run="kept")]
+    old = [timed("lfcc", 1.0), timed("gone", 1.0), timed("eager", 1.0, **others), timed("eager", 1.0, run="kept")]
+    new = [timed("lfcc", 2.0), timed("new", 1.0), timed("eager", 2.0, **others), timed("eager", 2.0, run="kept")]
     failed = [row(CASE, "liger", status="failed"), timed("liger", 1.0)]
-    (found,) = changes([*old, failed[0], timed("ours, eager", 1.0)], [*new, failed[1], timed("ours, eager", 1.0)])
-    assert found == Change("slower", "default", CASE, "ours", 1.0, 2.0, 1.0, 0.05)
+    (found,) = changes([*old, failed[0], timed("lfcc, eager", 1.0)], [*new, failed[1], timed("lfcc, eager", 1.0)])
+    assert found == Change("slower", "default", CASE, "lfcc", 1.0, 2.0, 1.0, 0.05)
 
 
-def test_every_candidate_of_ours_in_every_run_is_compared():
-    keys = [(run, candidate) for run in ("default", "kept") for candidate in ("ours", "ours, eager")]
+def test_lfcc_is_compared_on_every_backend_in_every_run():
+    keys = [(run, candidate) for run in ("default", "kept") for candidate in ("lfcc", "lfcc, eager")]
     old = [timed(candidate, 1.0, run=run) for run, candidate in keys]
     new = [timed(candidate, 2.0 + n, run=run) for n, (run, candidate) in enumerate(keys)]
     found = changes(old, new)
@@ -77,19 +76,19 @@ def test_every_candidate_of_ours_in_every_run_is_compared():
 
 
 @pytest.mark.parametrize("status", ["wrong", "failed", "skipped"])
-def test_what_is_not_ok_any_more_is_broken(status):
-    broken = row(CASE, "ours", status=status, note="deviates by 3.0e-01")
-    (found,) = changes([timed("ours", 1.0)], [broken])
+def test_status_other_than_ok_is_broken(status):
+    broken = row(CASE, "lfcc", status=status, note="deviates by 3.0e-01")
+    (found,) = changes([timed("lfcc", 1.0)], [broken])
     assert (found.what, found.note) == ("broken", f"{status}: deviates by 3.0e-01")
-    assert not changes([broken], [broken]) and not changes([broken], [timed("ours", 1.0)])
+    assert not changes([broken], [broken]) and not changes([broken], [timed("lfcc", 1.0)])
 
 
-def test_what_one_record_lacks():
-    """What was not reached is not there, nor is a peer missed."""
+def test_rows_in_one_record_only():
+    """Rows not reached count as absent; absent peers are not reported."""
     names = [CASE.replace("2x8", f"{n}x8") for n in range(4)]
-    unreached = row(names[1], "ours", status="skipped", note=record.NOT_REACHED)
-    old = [timed("ours", 1.0, case=names[0]), timed("ours", 1.0, case=names[1]), timed("eager", 1.0, case=names[0])]
-    new = [timed("ours", 1.0, case=names[2]), unreached, timed("liger", 1.0, case=names[3])]
+    unreached = row(names[1], "lfcc", status="skipped", note=record.NOT_REACHED)
+    old = [timed("lfcc", 1.0, case=names[0]), timed("lfcc", 1.0, case=names[1]), timed("eager", 1.0, case=names[0])]
+    new = [timed("lfcc", 1.0, case=names[2]), unreached, timed("liger", 1.0, case=names[3])]
     found = changes(old, new)
     assert {(change.what, change.case) for change in found} == {
         ("only in OLD", names[0]), ("only in OLD", names[1]), ("only in NEW", names[2]),
@@ -106,8 +105,8 @@ MIB = 2**20
         (0, MIB, False), (0, 2 * MIB, True), (9 * MIB, 3 * MIB, False), (None, 50 * MIB, False),
     ],
 )  # fmt: skip
-def test_memory_that_grew(old, new, grown):
-    found = changes([timed("ours", 1.0, peak_memory_bytes=old)], [timed("ours", 1.0, peak_memory_bytes=new)])
+def test_growth_of_memory(old, new, grown):
+    found = changes([timed("lfcc", 1.0, peak_memory_bytes=old)], [timed("lfcc", 1.0, peak_memory_bytes=new)])
     assert [(change.what, change.old, change.new) for change in found] == ([("memory", old, new)] if grown else [])
 
 
@@ -118,17 +117,17 @@ def test_memory_that_grew(old, new, grown):
         ("bfloat16", 1e-4, 5e-3, False), ("bfloat16", 1e-4, 9e-3, True), ("float32", None, 1e-3, False),
     ],
 )  # fmt: skip
-def test_errors_that_grew_beyond_rounding(dtype, old, new, grown):
+def test_growth_of_errors_beyond_rounding(dtype, old, new, grown):
     case = CASE.replace("float32", dtype)
-    found = changes([timed("ours", 1.0, case=case, error=old)], [timed("ours", 1.0, case=case, error=new)])
+    found = changes([timed("lfcc", 1.0, case=case, error=old)], [timed("lfcc", 1.0, case=case, error=new)])
     assert [(change.what, change.old, change.new) for change in found] == ([("error", old, new)] if grown else [])
 
 
-def test_other_sizes_and_devices_are_refused():
-    full, quick = (results(timed("ours", 1.0), size=size) for size in ("full", "quick"))
+def test_other_sizes_and_devices_raise():
+    full, quick = (results(timed("lfcc", 1.0), size=size) for size in ("full", "quick"))
     with pytest.raises(ValueError, match="OLD has size full but NEW has size quick"):
         compare.compare(full, quick)
-    other = results(timed("ours", 1.0))
+    other = results(timed("lfcc", 1.0))
     other["runs"]["default"]["environment"] = other["runs"]["default"]["environment"] | {"device": "Sundial 2"}
     with pytest.raises(ValueError, match="OLD has device Abacus 9000 but NEW has device Sundial 2"):
         compare.compare(full, other)
@@ -139,8 +138,8 @@ def save(path: Path, *rows) -> Path:
     return path
 
 
-def test_the_command_fails_where_something_became_slower(tmp_path, capsys):
-    fast, slow = timed("ours", 1.0, peak_memory_bytes=0), timed("ours", 3.0, peak_memory_bytes=8 * MIB)
+def test_command_fails_if_a_case_became_slower(tmp_path, capsys):
+    fast, slow = timed("lfcc", 1.0, peak_memory_bytes=0), timed("lfcc", 3.0, peak_memory_bytes=8 * MIB)
     old, new = save(tmp_path / "old.json", fast), save(tmp_path / "new.json", slow)
     assert compare.main(old, new) == 1
     printed = capsys.readouterr().out
@@ -152,11 +151,11 @@ def test_the_command_fails_where_something_became_slower(tmp_path, capsys):
     assert "0 slower, 1 faster, 0 broken" in capsys.readouterr().out
 
 
-def test_the_command_fails_where_something_broke_but_not_for_what_is_absent(tmp_path, capsys):
+def test_command_fails_if_a_case_broke_but_not_if_one_is_absent(tmp_path, capsys):
     cases = [CASE.replace("2x8", f"{n}x8") for n in range(7)]
-    old = save(tmp_path / "old.json", *(timed("ours", 1.0, case=case) for case in cases))
-    assert compare.main(old, save(tmp_path / "new.json", row(cases[0], "ours", status="failed", note="boom"))) == 1
+    old = save(tmp_path / "old.json", *(timed("lfcc", 1.0, case=case) for case in cases))
+    assert compare.main(old, save(tmp_path / "new.json", row(cases[0], "lfcc", status="failed", note="boom"))) == 1
     assert f"broken: default, {cases[0]}, lfcc, failed: boom" in capsys.readouterr().out
-    assert compare.main(old, save(tmp_path / "new.json", replace(row(cases[0], "ours"), median_ms=1.0))) == 0
+    assert compare.main(old, save(tmp_path / "new.json", replace(row(cases[0], "lfcc"), median_ms=1.0))) == 0
     printed = capsys.readouterr().out
     assert f"only in OLD: default, {cases[1]}, lfcc; " in printed and "; and 1 more" in printed

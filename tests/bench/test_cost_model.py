@@ -36,12 +36,13 @@ DIRECTIONS = ("student_to_teacher", "teacher_to_student", "symmetric")
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors that were made and are not freed yet, at their peak also by the op that made them; FLOPs of
-    our ops; and the gradients that travel."""
+    """Bytes of live tensors, at their peak by the op that created them; FLOPs of lfcc's ops; gradients sent."""
 
     def __init__(self, others: list[Tensor]) -> None:
         super().__init__()
-        self.others = {x.untyped_storage()._cdata: x for x in others}  # which keeps them, and so their addresses
+        self.others = {
+            x.untyped_storage()._cdata: x for x in others
+        }  # a reference, so that their addresses stay unique
         self.alive: dict[int, tuple[str, int]] = {}
         self.flops = self.peak = self.message = 0
         self.shapes: set[tuple[int, ...]] = set()
@@ -75,14 +76,14 @@ class Alive(TorchDispatchMode):
         return sum(size for _, size in self.alive.values())
 
 
-# Of a pair of values, as lfcc_kernels/ops/info_nce.py counts.
+# Per pair of values, as counted in lfcc_kernels/ops/info_nce.py.
 FLOPS = {"lfcc::info_nce": 2, "lfcc::info_nce_one_pass": 4, "lfcc::info_nce_grad": 4}
 
 
 @contextlib.contextmanager
 def gathers(alive: Alive) -> Iterator[None]:
-    """Notes what gathers bring, which lie inside an op of ours, and leaves out of what is alive what they send: gloo's
-    thread lets go of it at a moment of its own."""
+    """Records the bytes that gathers receive inside `gather_rows`. Send buffers are not counted as live, because gloo's
+    thread frees them at any time."""
     collectives = torch.ops._c10d_functional
     gather, exchange = collectives.all_gather_into_tensor, dist.all_gather
 
@@ -105,7 +106,7 @@ def gathers(alive: Alive) -> Iterator[None]:
         yield
 
 
-# Directions, types of the teacher's values with ids or without, and batches of an update, on 1, 2 and 4 ranks.
+# Directions, teacher dtypes with and without ids, and batches per update, on 1, 2 and 4 ranks.
 CASES = [
     Run((8, 16), (64, 128), ROWS // steps, ranks, steps, direction=direction, teacher_bytes=size, ids=ids)
     for ranks, direction, (size, ids), steps in itertools.product(
@@ -123,7 +124,7 @@ def features(run: Run, learn: bool) -> list[list[Tensor]]:
 
 
 def measure(run: Run, gather: str | dist.ProcessGroup) -> dict[str, Any]:
-    """What one update takes on this rank."""
+    """Memory, communication and FLOPs of one update on this rank."""
     students, teachers = features(run, True), features(run, False)
     lfcc = loss_of(run, gather)
     ids = [torch.arange(run.rows) for _ in teachers] if run.ids else None
@@ -161,7 +162,7 @@ def loss_of(run: Run, gather: str | dist.ProcessGroup) -> lk.LFCCLoss:
 
 
 def ddp_traffic(run: Run) -> int:
-    """Bytes of the gradients that DDP sums."""
+    """Bytes of the gradients that DDP reduces."""
     sizes = []
 
     def note(group: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -182,7 +183,7 @@ def run_rank() -> dict[Any, Any]:
 
 @pytest.fixture(scope="module", params=[pytest.param(4, marks=pytest.mark.slow, id="ranks")])
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of four ranks measured, alone, in pairs and together."""
+    """The measurements of each of four ranks, alone, in pairs and together."""
     if "cpu" not in lk.available_backends():
         pytest.skip("the kernels are not compiled")
     return in_ranks(4, tmp_path_factory.mktemp("ranks"), run_rank)
@@ -197,13 +198,13 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 @pytest.fixture
 def found(ranks: list[dict], run: Run) -> dict:
-    """What every rank measured of a run, which is the same on all of them."""
+    """The measurements of a run, which are equal on all ranks."""
     first, *others = [rank[run] for rank in ranks]
     assert all(other == first for other in others)
     return first
 
 
-def test_what_travels(run: Run, found: dict) -> None:
+def test_communication(run: Run, found: dict) -> None:
     received = found["received"]
     assert received["rows"] == run.rows_received
     assert received["ids"] == run.ids_received
@@ -214,7 +215,7 @@ def test_what_travels(run: Run, found: dict) -> None:
     assert found["message"] == run.message
 
 
-def test_what_is_alive_by_what_made_it(run: Run, found: dict) -> None:
+def test_live_memory_by_op(run: Run, found: dict) -> None:
     made, own = found["by_op"], run.local_batch * run.width
     cells = run.student_cells if run.accum_steps == 1 else 0
     assert made["lfcc::lowpass"] == run.teacher_bytes * own + cells
@@ -225,12 +226,12 @@ def test_what_is_alive_by_what_made_it(run: Run, found: dict) -> None:
     assert made["aten::cat"] == run.concatenated
 
 
-def test_what_is_alive_when_all_pairs_have_their_loss(run: Run, found: dict) -> None:
+def test_peak_memory_of_the_forward_pass(run: Run, found: dict) -> None:
     assert run.contrast <= found["contrast"] <= 1.01 * run.contrast
     assert not found["dense"]
 
 
-def test_the_backward_pass_adds_two_gradients_at_most(run: Run, found: dict) -> None:
+def test_backward_pass_adds_at_most_two_gradients(run: Run, found: dict) -> None:
     more = max(2 * run.student_pyramids, run.gathered_gradient)
     assert found["backward"] <= 1.01 * (run.contrast + more)
 
@@ -239,17 +240,17 @@ def test_flops_are_those_of_the_ops(run: Run, found: dict) -> None:
     assert found["flops"] == run.flops
 
 
-def test_gradients_are_cached_where_an_update_has_several_batches(run: Run, found: dict) -> None:
+def test_gradients_are_cached_if_an_update_has_several_batches(run: Run, found: dict) -> None:
     assert found.get("cached", 0) == run.cached_gradients
 
 
-def test_ddp_sums_the_gradients_of_all_parameters(ranks: list[dict]) -> None:
+def test_ddp_reduces_the_gradients_of_all_parameters(ranks: list[dict]) -> None:
     run = replace(CASES[0], ranks=4)
     for found in ranks:
         assert run.gradients_received(0) == 2 * 3 * found["ddp"] // 4
 
 
-def test_a_contrast_by_plain_products_keeps_the_logits() -> None:
+def test_eager_saves_the_logits() -> None:
     run, saved = Run((), (8,), rows=6, ranks=3), []
     pairs = [(torch.randn(run.local_batch, w, requires_grad=True), torch.randn(run.batch, w)) for w in run.widths]
     with lk.use_backend("eager"), FlopCounterMode(display=False) as counter:
@@ -261,7 +262,7 @@ def test_a_contrast_by_plain_products_keeps_the_logits() -> None:
     assert counter.get_total_flops() == run.flops
 
 
-def test_what_triton_takes_beside() -> None:
+def test_workspace_of_triton() -> None:
     pytest.importorskip("triton")
     from lfcc_kernels.backends.triton import info_nce_foreach as triton
     from lfcc_kernels.backends.triton.runtime import device_props
@@ -277,11 +278,11 @@ def test_what_triton_takes_beside() -> None:
 
 
 @pytest.mark.parametrize(("student", "teacher", "_", "parameters"), cost_model.PAIRS)
-def test_students_have_as_many_parameters(student: str, teacher: str, _: int, parameters: int) -> None:
+def test_parameters_of_students(student: str, teacher: str, _: int, parameters: int) -> None:
     assert sum(p.numel() for p in timm.create_model(MODELS[student].timm).parameters()) == parameters
 
 
-def test_the_page_has_the_tables_and_its_snippet_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_has_the_tables_and_the_output_of_its_snippet(capsys: pytest.CaptureFixture[str]) -> None:
     page = PAGE.read_text()
     tables = [cost_per_image(), cost_per_run(), cost_per_run((65536,), scales=(1, 2, 4, 7))]
     known = {line for table in tables for line in table.splitlines()}

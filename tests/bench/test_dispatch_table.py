@@ -1,4 +1,4 @@
-"""The table of `auto` from records whose best rule is known, and the one that is committed."""
+"""The dispatch table made from records whose best rule is known, and the committed table."""
 
 import itertools
 import json
@@ -17,16 +17,16 @@ from lfcc_kernels.ops import dispatch as ops
 ROOT = Path(lk.__file__).parents[1]
 
 
-def cases(op: str, times: dict[int, dict[str, float | None]], served: str = "cpu", **fields) -> list:
-    """Rows of one op: for each size the time of ours by each backend, None for one that failed, in both modes."""
+def cases(op: str, times: dict[int, dict[str, float | None]], selected: str = "cpu", **fields) -> list:
+    """Rows of one op: the times of lfcc by size and backend (None: failed), in both modes."""
     rows = []
     for (size, by), mode in itertools.product(times.items(), ("fwd", "fwd+bwd")):
         for backend, median in by.items():
-            candidate = "ours" if backend == served else f"ours, {backend}"
+            candidate = "lfcc" if backend == selected else f"lfcc, {backend}"
             state = {"status": "failed"} if median is None else {"median_ms": median}
             name = f"{op}-synthetic-{size}x1-{fields.get('dtype', 'float32')}-{mode}"
             rows.append(row(name, candidate, op=op, size=size, backend=backend, **state, **fields))
-        rows.append(row(name, "eager", op=op, size=size, median_ms=1e-3, **fields))  # a peer, which is not ours
+        rows.append(row(name, "eager", op=op, size=size, median_ms=1e-3, **fields))  # a peer
     return rows
 
 
@@ -41,7 +41,7 @@ def rules(path: Path) -> dict[tuple[str, str, str], list[tuple[int | None, str]]
     return {key: [(line["up_to"], line["backend"]) for line in lines] for key, lines in lines_of(path).items()}
 
 
-def test_one_backend_that_wins_everywhere(tmp_path):
+def test_one_backend_that_is_fastest_everywhere(tmp_path):
     times = {size: {"cpu": 1.0, "eager": 2.0 + size} for size in (1, 10, 100)}
     path = save(tmp_path / "r.json", results(*cases("lowpass", times)))
     (line,) = lines_of(path)["cpu", "lowpass", "float32"]
@@ -56,7 +56,7 @@ def test_one_backend_that_wins_everywhere(tmp_path):
     }
 
 
-def test_a_crossover_is_the_largest_size_that_the_first_wins(tmp_path):
+def test_crossover_is_the_largest_size_at_which_the_first_is_faster(tmp_path):
     eager = {1: 1.0, 10: 2.0, 100: 9.0, 1000: 90.0}
     times = {size: {"cpu": 3.0, "eager": time} for size, time in eager.items()}
     below, above = lines_of(save(tmp_path / "r.json", results(*cases("lowpass", times))))["cpu", "lowpass", "float32"]
@@ -65,19 +65,19 @@ def test_a_crossover_is_the_largest_size_that_the_first_wins(tmp_path):
 
 
 @pytest.mark.parametrize(("gain", "rule"), [(1.02, [(None, "cpu")]), (1.04, [(1, "eager"), (None, "cpu")])])
-def test_a_crossover_must_pay(gain, rule):
-    """The means over two sizes differ by the root of what eager gains in one."""
+def test_crossover_needs_a_gain_of_three_percent(gain, rule):
+    """The gain of the geometric mean over two sizes is the square root of the gain in one."""
     group = [(1, {"cpu": gain**2, "eager": 1.0}), (10, {"cpu": 1.0, "eager": 7.0})]
     assert best_rule("lowpass", group) == rule
 
 
-def test_the_mean_is_over_ratios_not_over_milliseconds():
-    """Eager is twice as fast in the small one and 1.5 times slower in the large one, with no size between them."""
+def test_mean_is_geometric():
+    """Eager is twice as fast in the short case and 1.5 times slower in the long one, at the same size."""
     group = [(1, {"cpu": 0.002, "eager": 0.001}), (1, {"cpu": 100.0, "eager": 150.0})]
     assert best_rule("lowpass", group) == [(None, "eager")]
 
 
-def test_no_rule_is_better_by_an_exhaustive_search():
+def test_rule_is_the_best_of_an_exhaustive_search():
     generator = torch.Generator().manual_seed(0)
     sizes, backends = (1, 5, 25, 125), ("cuda", "eager", "triton")
     for _ in range(20):
@@ -95,7 +95,7 @@ def test_no_rule_is_better_by_an_exhaustive_search():
         assert (len(rule) == 1) == (unsplit <= 1.03 ** len(sizes) * best)
 
 
-def test_eager_holds_no_large_matrix_of_pairs():
+def test_eager_is_not_selected_for_many_pairs():
     sizes = (2**10, 2**18, 2**18 + 1, 2**24)
     group = [(size, {"triton": 2.0, "eager": 1.0}) for size in sizes]
     assert best_rule("info_nce", group) == [(2**18, "eager"), (None, "triton")]
@@ -104,21 +104,21 @@ def test_eager_holds_no_large_matrix_of_pairs():
     assert best_rule("info_nce", [(size, times | {"triton": math.inf}) for size, times in group]) == []
 
 
-def test_a_backend_that_failed_serves_no_such_size(tmp_path):
+def test_a_backend_that_failed_is_not_selected_at_that_size(tmp_path):
     times = {1: {"cpu": 1.0, "eager": 0.9}, 10: {"cpu": 1.0, "eager": 0.1}, 100: {"cpu": 1.0, "eager": None}}
     path = save(tmp_path / "r.json", results(*cases("lowpass", times)))
     assert rules(path) == {("cpu", "lowpass", "float32"): [(10, "eager"), (None, "cpu")]}
-    assert lines_of(path)["cpu", "lowpass", "float32"][1]["worst"] is None  # nobody came second
+    assert lines_of(path)["cpu", "lowpass", "float32"][1]["worst"] is None  # only one backend worked
 
 
-def test_what_is_not_compared_gives_no_line(tmp_path):
-    """A backend alone, float64, the kept heap, and what is of no single op."""
+def test_rows_that_give_no_line(tmp_path):
+    """A single backend, float64, the kept heap, and cases of more than one op."""
     pair = {1: {"cpu": 1.0, "eager": 2.0}}
     rows = [
         *cases("lowpass", {1: {"cpu": 1.0}}),
         *cases("info_nce", pair, dtype="float64"),
         *cases("info_nce", pair, run="kept"),
-        row("lfcc-average-8x4x3-float32-fwd", "ours"),
+        row("lfcc-average-8x4x3-float32-fwd", "lfcc"),
     ]
     path = save(tmp_path / "r.json", results(*rows))
     assert lines_of(path) == {}
@@ -127,13 +127,13 @@ def test_what_is_not_compared_gives_no_line(tmp_path):
     assert not (tmp_path / "table.json").exists()
 
 
-def test_tiny_cases_are_refused(tmp_path):
+def test_tiny_cases_raise(tmp_path):
     path = save(tmp_path / "r.json", results(*cases("lowpass", {1: {"cpu": 1.0, "eager": 2.0}}), size="tiny"))
     with pytest.raises(ValueError, match="tiny"):
         dispatch.main([path], tmp_path / "table.json")
 
 
-def test_a_gpu_is_known_by_its_capability(tmp_path):
+def test_key_of_a_gpu_is_its_capability(tmp_path):
     rows = cases(
         "info_nce", {2**20: {"triton": 2.0, "cuda": 1.0, "eager": 0.1}}, "triton", run="cuda", dtype="bfloat16"
     )
@@ -141,7 +141,7 @@ def test_a_gpu_is_known_by_its_capability(tmp_path):
     assert rules(path) == {("sm_90", "info_nce", "bfloat16"): [(None, "cuda")]}
 
 
-def test_a_record_replaces_what_it_measured_and_nothing_else(tmp_path, capsys):
+def test_a_record_replaces_only_what_it_measured(tmp_path, capsys):
     def measured(name: str, op: str, cpu: float) -> Path:
         return save(
             tmp_path / name, results(*cases(op, {1: {"cpu": cpu, "eager": 2.0}, 9: {"cpu": 1.0, "eager": 2.0}}))
@@ -178,7 +178,7 @@ def test_a_record_replaces_what_it_measured_and_nothing_else(tmp_path, capsys):
     ]
 
 
-def test_what_is_written_is_what_auto_goes_by(tmp_path, monkeypatch):
+def test_auto_reads_the_written_table(tmp_path, monkeypatch):
     times = {16: {"cpu": 3.0, "eager": 1.0}, 64: {"cpu": 1.0, "eager": 3.0}}
     path = save(tmp_path / "r.json", results(*cases("info_nce", times)))
     monkeypatch.setattr(ops, "TABLE", tmp_path / "table.json")
@@ -190,7 +190,7 @@ def test_what_is_written_is_what_auto_goes_by(tmp_path, monkeypatch):
 
 
 def test_the_committed_table():
-    """Every line says where it comes from, bounds rise to none, and eager never holds a large matrix of pairs."""
+    """Every line names its record, bounds increase up to None, and eager is not selected for many pairs."""
     table = ops.table()
     assert all(name == "cpu" or name.startswith("sm_") for name in table)
     for name, lines in table.items():

@@ -1,4 +1,4 @@
-"""The page that says where the time of a case goes: its parts are counted right and add up."""
+"""`lfcc bench --explain`: the parts of a case's time are counted correctly and add up."""
 
 import math
 import mmap
@@ -40,7 +40,7 @@ def sections(page: str) -> dict[str, dict[str, tuple[float, float, str]]]:
 
 
 @pytest.mark.parametrize("name", ["lowpass-nchw", "info_nce-one-way", "lfcc-average"])
-def test_the_parts_add_up_to_the_time(name: str) -> None:
+def test_parts_add_up_to_the_time(name: str) -> None:
     cases = [
         case for case in variants(replace(TINY, suites=[name.split("-")[0]]), Cpu("tiny")) if case.mode == "fwd+bwd"
     ]
@@ -63,7 +63,7 @@ def test_the_parts_add_up_to_the_time(name: str) -> None:
         assert float(least) >= 1
 
 
-def test_a_backend_that_is_asked_for() -> None:
+def test_requested_backend() -> None:
     name = next(
         case.name for case in variants(replace(TINY, suites=["info_nce"]), Cpu("tiny")) if "symmetric" in case.name
     )
@@ -72,7 +72,7 @@ def test_a_backend_that_is_asked_for() -> None:
     assert not any("lfcc::" in what for lines in page.values() if isinstance(lines, dict) for what in lines)
 
 
-def test_names() -> None:
+def test_ambiguous_and_unknown_names() -> None:
     names = [case.name for case in variants(replace(TINY, suites=["lowpass"]), Cpu("tiny"))]
     with pytest.raises(ValueError, match=r"several case names contain 'lowpass': .*lowpass"):
         explain("lowpass", TINY)
@@ -83,18 +83,18 @@ def test_names() -> None:
         explain(misspelt, TINY)
 
 
-def test_ours_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_lfcc_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*inputs: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of chalk")
 
     case = variants(replace(TINY, suites=["overhead"]), Cpu("tiny"))[0]
-    case = replace(case, candidates=case.candidates | {"ours": broken})
+    case = replace(case, candidates=case.candidates | {"lfcc": broken})
     monkeypatch.setattr(module, "_find", lambda name, request, machine: (case, case))
     assert explain(case.name, TINY) == f"{case.name}: lfcc failed, RuntimeError: out of chalk"
 
 
 def test_the_floor_is_the_longer_of_moving_and_computing() -> None:
-    measured = row("lowpass-nchw-2x8x4x4-float32-fwd", "ours", copy_gbps=10.0, gemm_gflops=100.0)
+    measured = row("lowpass-nchw-2x8x4x4-float32-fwd", "lfcc", copy_gbps=10.0, gemm_gflops=100.0)
     assert module._floor(Step(bytes=20_000_000, flops=100_000_000), measured)[:2] == ("bytes", pytest.approx(2.0))
     assert module._floor(Step(bytes=20_000_000, flops=300_000_000), measured)[:2] == ("products", pytest.approx(3.0))
 
@@ -116,7 +116,7 @@ ROWS, KEYS, DIM = 6, 9, 5
 def test_flops_of_the_contrast(
     compiled_kernels: str, student_learns: bool, teacher_learns: bool, direction: str, keys: int, products: int
 ) -> None:
-    """A product of all pairs: one for the logits, and what ops/info_nce.py says for the gradients."""
+    """In products of all pairs of rows: one for the logits, and those of ops/info_nce.py for the gradients."""
     student, teacher = torch.randn(ROWS, DIM, requires_grad=student_learns), torch.randn(keys, DIM)
     teacher.requires_grad_(teacher_learns)
     with ProductFlops() as counter:
@@ -126,8 +126,8 @@ def test_flops_of_the_contrast(
     assert counter.flops == products * 2 * ROWS * keys * DIM
 
 
-def test_flops_of_a_group() -> None:
-    """One-pass products of each pair; fake tensors do where Triton is not."""
+def test_flops_of_foreach() -> None:
+    """With fake tensors, which do not need Triton."""
     with FakeTensorMode(), ProductFlops() as counter:
         students, teachers = ([torch.randn(rows, dim) for dim in (5, 3)] for rows in (6, 9))
         torch.ops.lfcc.info_nce_foreach.triton(students, teachers, torch.tensor(0.1), None, None, 0, True)
@@ -153,7 +153,7 @@ def test_page_faults_are_counted() -> None:
 
 
 def test_launches_on_a_gpu_are_the_time_without_a_kernel() -> None:
-    """Two kernels of 30 and 50 us a call in 0.1 ms; an annotation is no kernel."""
+    """Two kernels of 30 and 50 us per call in 0.1 ms; an annotation is not a kernel."""
 
     def event(microseconds: float, device: DeviceType = DeviceType.CUDA, annotation: bool = False) -> SimpleNamespace:
         calls = module.PROFILED
@@ -161,7 +161,7 @@ def test_launches_on_a_gpu_are_the_time_without_a_kernel() -> None:
             count=calls, self_device_time_total=calls * microseconds, device_type=device, is_user_annotation=annotation
         )
 
-    candidates = {"ours": lambda x: 2 * x}
+    candidates = {"lfcc": lambda x: 2 * x}
     page = object.__new__(_Breakdown)
     twin = Case("lowpass", "made-up", (3,), "fwd", lambda: (torch.ones(3),), candidates)
     page.lfcc = SimpleNamespace(median_ms=0.1)

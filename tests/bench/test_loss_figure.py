@@ -48,22 +48,22 @@ def case(label: str, batch: int, **milliseconds: float) -> list[record.Row]:
 
 def test_values_are_those_of_candidates_measured_at_every_batch_size():
     rows = [
-        *case("scaling-lfcc-over-B", 512, ours=3, eager=6, compiled_eager=5),
-        *case("scaling-lfcc-over-B", 128, ours=1, eager=2),
-        *case("lfcc-average", 128, ours=4, eager=8, kornia=1),
+        *case("scaling-lfcc-over-B", 512, lfcc=3, eager=6, compiled_eager=5),
+        *case("scaling-lfcc-over-B", 128, lfcc=1, eager=2),
+        *case("lfcc-average", 128, lfcc=4, eager=8, kornia=1),
     ]
     assert loss_values(rows) == {
-        "pair": {"B": [128], "ours": {"time": [4], "memory": [128]}, "eager": {"time": [8], "memory": [128]}},
+        "pair": {"B": [128], "lfcc": {"time": [4], "memory": [128]}, "eager": {"time": [8], "memory": [128]}},
         "series": {
             "B": [128, 512],
-            "ours": {"time": [1, 3], "memory": [128, 512]},
+            "lfcc": {"time": [1, 3], "memory": [128, 512]},
             "eager": {"time": [2, 6], "memory": [128, 512]},
         },
     }
 
 
 def test_record_without_the_whole_loss_has_no_figure(tmp_path):
-    rows = [row("lowpass-nchw-2x8x4x4-float32-fwd", name) for name in ("ours", "eager")]
+    rows = [row("lowpass-nchw-2x8x4x4-float32-fwd", name) for name in ("lfcc", "eager")]
     path = tmp_path / "record.json"
     record.save(path, results(*rows))
     write_report(path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The benchmark's ranks against one process that holds the rows of all."""
+"""The benchmark's ranks against one process with the rows of all."""
 
 import multiprocessing
 import os
@@ -63,7 +63,7 @@ def test_loss_and_gradient_are_those_of_one_process(world: ranks.World, loss: ra
     world.wait()
 
 
-def test_another_rank_s_failure_is_told_and_the_next_call_goes_on(world: ranks.World) -> None:
+def test_failure_of_another_rank_raises_and_the_next_call_works(world: ranks.World) -> None:
     world.candidate(only_with_one_rank)(*make_rows())
     with pytest.raises(RuntimeError, match="rank 1: ArithmeticError: none here"):
         world.wait()
@@ -77,7 +77,7 @@ def test_nothing_is_left_after_close(world: ranks.World) -> None:
     world.close()
     assert not any(path.exists() for path in processes)
     assert not dist.is_initialized()
-    world.close()  # does nothing more
+    world.close()  # does nothing
 
 
 def test_nothing_is_left_after_a_rank_has_ended(world: ranks.World) -> None:
@@ -93,7 +93,7 @@ def test_nothing_is_left_after_a_rank_has_ended(world: ranks.World) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_ranks_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_gpus_than_ranks_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(NotImplementedError, match="2 ranks need one GPU each, found 1"):
         ranks.World(torch.device("cuda"), 2, make_rows).candidate(ranks.lfcc)(torch.ones(2, 3), torch.ones(2, 3))

@@ -1,4 +1,4 @@
-"""The record's files: written whole, read again, and documented."""
+"""The files of a record: round trip, errors and documentation."""
 
 import re
 from dataclasses import fields
@@ -11,7 +11,7 @@ from lfcc_kernels.bench import record
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    rows = [row("lowpass-nchw-2x8x4x4-float32-fwd", name) for name in ("ours", "eager")]
+    rows = [row("lowpass-nchw-2x8x4x4-float32-fwd", name) for name in ("lfcc", "eager")]
     path = tmp_path / "device" / "record.json"
     record.save(path, results(*rows))
     assert record.rows(record.load(path)) == rows
@@ -19,7 +19,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "not a record"),
         ("[]", "not a record"),
@@ -27,14 +27,14 @@ def test_round_trip(tmp_path: Path) -> None:
         ('{"schema": 2}', "has schema 2, but this version reads"),
     ],
 )
-def test_what_is_no_record(tmp_path: Path, text: str, said: str) -> None:
+def test_files_that_are_not_a_record(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "record.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         record.load(path)
 
 
-def test_the_page_explains_every_column_and_no_other() -> None:
+def test_readme_documents_exactly_the_columns() -> None:
     page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
     table = page.split("| column | meaning |")[1].split("\n\n")[0]
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]

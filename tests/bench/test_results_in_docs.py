@@ -57,7 +57,7 @@ def test_readme_has_the_rows_of_its_record(name: str) -> None:
     readme = ROOT / "README.md"
     (path,) = records_of(readme)
     timed = [row for row in record.rows(record.load(path)) if (row.case, row.run) == (case, run) and row.median_ms]
-    lfcc = next(row for row in timed if row.candidate == "ours")
+    lfcc = next(row for row in timed if row.candidate == "lfcc")
     eager = next(row for row in timed if row.candidate == "eager")
     fastest = min((row for row in timed if row.peer), key=lambda row: row.median_ms)
     cells = [
@@ -81,8 +81,8 @@ def test_readme_has_the_memory_and_the_count_of_its_record() -> None:
 
     loss, info_nce = "lfcc-average-128x4x3-float32-fwd+bwd", "info_nce-one-way-4096x512-float32-fwd+bwd"
     text = " ".join(readme.split())
-    assert f"whole loss {memory(loss, 'ours')} (eager: {memory(loss, 'eager')})" in text
-    assert f"{memory(info_nce, 'ours')} (attention as gradient: {memory(info_nce, 'SDPA as gradient')})" in text
+    assert f"whole loss {memory(loss, 'lfcc')} (eager: {memory(loss, 'eager')})" in text
+    assert f"{memory(info_nce, 'lfcc')} (attention as gradient: {memory(info_nce, 'SDPA as gradient')})" in text
     slower, cases = re.search(r"(\d+) of (\d+) cases", tables.summary(record.load(path))).groups()
     assert f"in {slower} of the {cases} cases" in text
 

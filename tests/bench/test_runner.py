@@ -1,5 +1,4 @@
-"""The harness and the runner over cases made for the purpose: what becomes of a candidate, of an interruption, of a
-process that ends."""
+"""The harness and the runner on synthetic cases: status of candidates, interruptions, processes that end."""
 
 import csv
 import json
@@ -47,7 +46,7 @@ def inputs() -> tuple[Tensor]:
 
 
 def case(label: str = "made-up", **fields) -> Case:
-    candidates = {"ours": double, "eager": lambda x: x + x}
+    candidates = {"lfcc": double, "eager": lambda x: x + x}
     made = Case(
         "lowpass", label, (SIDE, SIDE), "fwd+bwd", inputs, candidates, (Step(bytes=4 * SIDE * SIDE),), "X bytes"
     )
@@ -59,13 +58,13 @@ def three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "rounds", lambda self, seconds: 3)
 
 
-def compete(made: Case) -> dict[str, Row]:
+def rows_of(made: Case) -> dict[str, Row]:
     benchmark = Benchmark(made, REQUEST, Cpu("tiny"))
     benchmark.run()
     return {row.candidate: row for row in benchmark.rows(benchmark.peak_memory())}
 
 
-def test_what_becomes_of_a_candidate() -> None:
+def test_status_of_candidates() -> None:
     others = {
         "off": lambda x: 2.01 * x,
         "wrong gradient": lambda x: 2 * x.detach() + 0 * x,
@@ -73,49 +72,49 @@ def test_what_becomes_of_a_candidate() -> None:
         "elsewhere": not_here,
         "broken": broken,
     }
-    rows = compete(case(candidates=case().candidates | others))
+    rows = rows_of(case(candidates=case().candidates | others))
     assert {name: row.status for name, row in rows.items()} == {
-        "ours": "ok", "eager": "ok", "off": "wrong", "wrong gradient": "wrong", "absent": "skipped",
+        "lfcc": "ok", "eager": "ok", "off": "wrong", "wrong gradient": "wrong", "absent": "skipped",
         "elsewhere": "skipped", "broken": "failed",
     }  # fmt: skip
     assert rows["off"].error == pytest.approx(0.005, rel=1e-3)
-    assert rows["ours"].error == 0 and rows["ours"].reference == "float64"
+    assert rows["lfcc"].error == 0 and rows["lfcc"].reference == "float64"
     assert "an NVIDIA GPU" in rows["elsewhere"].note and "division by zero" in rows["broken"].note
     for row in rows.values():
         assert (row.median_ms is not None) == (row.rounds == 3) == (row.status == "ok")
-    timed = rows["ours"]
+    timed = rows["lfcc"]
     assert 0 < timed.q20_ms <= timed.median_ms <= timed.q80_ms
     assert timed.speedup_over_eager == pytest.approx(rows["eager"].median_ms / timed.median_ms)
 
 
-def test_floor_is_counted_at_the_ceilings_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_uses_the_ceilings_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cpu, "copy_gbps", lambda self: 2.0)
     monkeypatch.setattr(Cpu, "gemm_gflops", lambda self, dtype: 4.0)
     monkeypatch.setattr(Cpu, "seconds", lambda self, call, *_: (call(), 0.5)[1])
     steps = (Step(bytes=int(1e8), flops=int(1e8)), Step(flops=int(4e8)))  # 0.05 s and 0.025 s; 0.1 s
-    assert compete(case(steps=steps))["ours"].fraction_of_floor == pytest.approx((0.05 + 0.1) / 0.5)
+    assert rows_of(case(steps=steps))["lfcc"].fraction_of_floor == pytest.approx((0.05 + 0.1) / 0.5)
 
 
-def test_a_conversion_is_timed_by_itself() -> None:
+def test_conversions_are_timed_separately() -> None:
     seen: list[torch.dtype] = []
 
-    def raised(x: Tensor) -> Tensor:
+    def upcast(x: Tensor) -> Tensor:
         seen.append(x.dtype)
         return 2 * x
 
     half = case(
-        candidates=case().candidates | {"raised": WithConversion(raised, lambda x: x.float(), "float32")},
+        candidates=case().candidates | {"upcast": WithConversion(upcast, lambda x: x.float(), "float32")},
         inputs=lambda: (torch.randn(SIDE, SIDE).bfloat16().requires_grad_(),),
         dtype=torch.bfloat16,
     )
-    rows = compete(half)
-    assert rows["raised"].status == "ok" and set(seen) == {torch.float32}
-    assert rows["raised"].conversion == "float32" and rows["raised"].conversion_ms > 0
-    assert rows["ours"].conversion == "" and rows["ours"].conversion_ms is None
+    rows = rows_of(half)
+    assert rows["upcast"].status == "ok" and set(seen) == {torch.float32}
+    assert rows["upcast"].conversion == "float32" and rows["upcast"].conversion_ms > 0
+    assert rows["lfcc"].conversion == "" and rows["lfcc"].conversion_ms is None
 
 
-def test_the_share_of_a_step_is_what_the_loss_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = {"ours": 4.0, "eager": 8.0, "baseline": 3.0}
+def test_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = {"lfcc": 4.0, "eager": 8.0, "baseline": 3.0}
 
     def costing(name: str) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
@@ -126,9 +125,9 @@ def test_the_share_of_a_step_is_what_the_loss_adds(monkeypatch: pytest.MonkeyPat
 
     clock: list[float] = []
     monkeypatch.setattr(Cpu, "seconds", lambda self, call, *_: (call(), clock[-1])[1])
-    step = case(candidates={name: costing(name) for name in ("ours", "eager")}, baseline=costing("baseline"), steps=())
-    rows = compete(step)
-    assert rows["ours"].share_of_step == pytest.approx(1 / 4)
+    step = case(candidates={name: costing(name) for name in ("lfcc", "eager")}, baseline=costing("baseline"), steps=())
+    rows = rows_of(step)
+    assert rows["lfcc"].share_of_step == pytest.approx(1 / 4)
     assert rows["eager"].share_of_step == pytest.approx(5 / 8)
     assert rows[BASELINE].share_of_step == 0 and rows[BASELINE].error is None
 
@@ -143,7 +142,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             raise error
         return 2 * x
 
-    made = [case("one"), case("two", candidates={"ours": interrupted, "eager": double}), case("three")]
+    made = [case("one"), case("two", candidates={"lfcc": interrupted, "eager": double}), case("three")]
     monkeypatch.setitem(suites.SUITES, "lowpass", lambda machine, dtype: made)
     path = tmp_path / "record.json"
     record.save(path, runner.start(REQUEST))
@@ -157,7 +156,7 @@ def notes(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_an_interruption_keeps_what_there_is(begun: Path) -> None:
+def test_interruption_keeps_the_measured_cases(begun: Path) -> None:
     assert notes(begun) == {label: [NOT_REACHED] for label in ("one", "two", "three")}
     assert runner.work(begun, time.time() + 60) == 130
     assert notes(begun) == {"one": ["", "", ""], "two": [NOT_REACHED], "three": [NOT_REACHED]}
@@ -171,12 +170,12 @@ def test_an_interruption_keeps_what_there_is(begun: Path) -> None:
         runner.resume(record.load(begun))
 
 
-def test_a_limit_leaves_the_rest(begun: Path) -> None:
+def test_time_limit_leaves_the_remaining_cases(begun: Path) -> None:
     assert runner.work(begun, time.time() - 1) == 0
     assert notes(begun) == {label: [NOT_REACHED] for label in ("one", "two", "three")}
 
 
-def test_a_case_that_ended_its_process_is_done_again_on_request_alone(begun: Path) -> None:
+def test_a_case_that_ended_its_process_is_measured_again_only_by_resume(begun: Path) -> None:
     results = record.load(begun)
     rows = [
         replace(row, status="failed", note=runner.ENDED) if row.label == "two" else row for row in record.rows(results)
@@ -189,19 +188,19 @@ def test_a_case_that_ended_its_process_is_done_again_on_request_alone(begun: Pat
 
 
 @pytest.mark.parametrize("key", ["device", "torch", "commit"])
-def test_a_record_goes_on_where_it_was_begun(begun: Path, key: str) -> None:
+def test_resume_needs_the_same_machine_and_versions(begun: Path, key: str) -> None:
     results = record.load(begun)
     results["runs"]["default"]["environment"] = Cpu().environment() | {key: "another"}
     with pytest.raises(ValueError, match=f"begun with {key} another"):
         runner.resume(results)
 
 
-def test_no_case_of_that_name(begun: Path) -> None:
+def test_unknown_case_raises(begun: Path) -> None:
     with pytest.raises(ValueError, match="no case of lowpass matches -k fourth"):
         runner.start(replace(REQUEST, words=["fourth"]))
 
 
-def test_the_csv_file_says_what_the_json_file_says(begun: Path) -> None:
+def test_csv_and_json_agree(begun: Path) -> None:
     runner.work(begun, time.time() + 60)
     results = record.load(begun)
     lines = list(csv.DictReader(begun.with_suffix(".csv").open()))
@@ -214,15 +213,15 @@ def test_the_csv_file_says_what_the_json_file_says(begun: Path) -> None:
 
 
 @pytest.mark.slow
-def test_peak_memory_in_a_process_of_its_own() -> None:
+def test_peak_memory_in_a_separate_process() -> None:
     request = replace(REQUEST, suites=["info_nce", "lowpass"], size="full")
     matrix = 4 * 1024**2
-    both = dict.fromkeys(("ours", "eager"))
+    both = dict.fromkeys(("lfcc", "eager"))
     peaks = Cpu().peak_memory(request, "info_nce-one-way-1024x512-float32-fwd+bwd", both)
     assert peaks["eager"] > 2 * matrix  # the products and their softmax
-    assert 2 * peaks["ours"] < peaks["eager"]
-    not_scalar = Cpu().peak_memory(request, "lowpass-nchw-64x256x14x14-float32-fwd+bwd", {"ours": None})
-    assert not_scalar.keys() == {"ours"}
+    assert 2 * peaks["lfcc"] < peaks["eager"]
+    not_scalar = Cpu().peak_memory(request, "lowpass-nchw-64x256x14x14-float32-fwd+bwd", {"lfcc": None})
+    assert not_scalar.keys() == {"lfcc"}
 
 
 def bench(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -233,19 +232,21 @@ def bench(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.C
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path) -> None:
     ended = bench("overhead", "lowpass", "-k", "overhead-lowpass", "7x7", "-o", "record.json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     rows = record.rows(record.load(tmp_path / "record.json"))
-    assert {row.suite for row in rows} == {"overhead", "lowpass"} and all(row.ours or row.backend == "" for row in rows)
-    assert all(row.status == "ok" for row in rows if row.ours)
+    assert {row.suite for row in rows} == {"overhead", "lowpass"} and all(
+        row.is_lfcc or row.backend == "" for row in rows
+    )
+    assert all(row.status == "ok" for row in rows if row.is_lfcc)
     assert (tmp_path / "record.csv").exists() and "Slower than the fastest peer" in (tmp_path / "record.md").read_text()
     again = bench("--resume", "record.json", cwd=tmp_path)
     assert again.returncode == 1 and "complete" in again.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["lowpas"], "unknown suite lowpas; choose from overhead, lowpass"),
         (["--backend", "cuDNN"], "'cuDNN' is not available"),
@@ -256,10 +257,10 @@ def test_the_command(tmp_path: Path) -> None:
         (["--compare", "notes.json", "notes.json"], "notes.json is not a record"),
     ],
 )
-def test_a_mistake_ends_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_user_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "notes.json").write_text(json.dumps({"notes": []}))
     ended = bench(*arguments, cwd=tmp_path)
-    assert ended.returncode == 1 and ended.stderr.startswith("lfcc: error: ") and said in ended.stderr
+    assert ended.returncode == 1 and ended.stderr.startswith("lfcc: error: ") and message in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""The suites lfcc, scaling and step: their shapes are those of timm's models, and their candidates agree."""
+"""The suites lfcc, scaling and step: their shapes are those of timm's models, and their candidates agree with eager."""
 
 import gc
 import weakref
@@ -40,11 +40,11 @@ def named(case: Case) -> str:
 
 def in_float64(case: Case, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
     """Result and gradients of eager."""
-    raised = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
-    return case.run(case.candidates["eager"], raised, upstream.double())
+    inputs = tuple(x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs)
+    return case.run(case.candidates["eager"], inputs, upstream.double())
 
 
-def test_pairs_are_those_of_both_data_sets() -> None:
+def test_pairs_are_those_of_ofa_kd() -> None:
     pairs = [
         {(student, teacher) for teachers, students in table.items() for teacher in teachers for student in students}
         for table in (CIFAR_100, IMAGENET)
@@ -56,7 +56,7 @@ def test_pairs_are_those_of_both_data_sets() -> None:
 
 @pytest.mark.parametrize("name", ofa.MODELS)
 def test_stages_are_those_of_timm(name: str) -> None:
-    """In shape and in memory. Of Swin the modules' own outputs: timm copies them where it hands them out as maps."""
+    """In shape and strides. For Swin the outputs of the stages, because timm returns contiguous copies as maps."""
     timm = pytest.importorskip("timm")
     from lfcc_kernels.distill import create_extractor
 
@@ -73,8 +73,8 @@ def test_stages_are_those_of_timm(name: str) -> None:
 
 @pytest.mark.parametrize("device", [Cpu, Cuda])
 @pytest.mark.parametrize("suite", SUITES)
-def test_lists_need_no_device(suite: str, device: type[Machine]) -> None:
-    """Names are unique, tiny cases stand where those of full size do, and a dtype asked for is that of all."""
+def test_cases_are_listed_without_a_device(suite: str, device: type[Machine]) -> None:
+    """Names are unique, tiny and full cases have the same order, and a requested dtype applies to all."""
     make = SUITES[suite]
     full, tiny = (make(device(size), None) for size in ("full", "tiny"))
     assert len({case.name for case in full}) == len(full)
@@ -83,26 +83,26 @@ def test_lists_need_no_device(suite: str, device: type[Machine]) -> None:
 
 
 def test_targets_find_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = set()
+    requested = set()
 
-    class Asked(dict):
+    class Recorder(dict):
         def __missing__(self, key: tuple[str, str]) -> None:
-            asked.add(key[0])
+            requested.add(key[0])
             raise LookupError
 
     for target in targets.TARGETS:
         with pytest.raises(LookupError):
-            target.measure(Asked())
-    asked = {case for case in asked if case.split("-")[0] in SUITES}
-    assert asked
+            target.measure(Recorder())
+    requested = {case for case in requested if case.split("-")[0] in SUITES}
+    assert requested
     listed = {case.name for make in SUITES.values() for case in make(Cpu(), None)}
-    assert asked <= listed
+    assert requested <= listed
 
 
 @pytest.mark.parametrize(
     "case", [case for suite in ("lfcc", "scaling") for case in tiny(suite) if case.axis != "ranks"], ids=named
 )
-def test_candidates_agree(case: Case) -> None:
+def test_candidates_agree_with_eager(case: Case) -> None:
     inputs = case.inputs()
     upstream = torch.ones_like(case.candidates["eager"](*inputs))
     expected = in_float64(case, inputs, upstream)
@@ -119,7 +119,7 @@ def training(request: pytest.FixtureRequest) -> Iterator[Case]:
     request.param.close()
 
 
-def test_steps_agree_and_move_nothing(training: Case) -> None:
+def test_steps_agree_with_eager_and_change_no_weight(training: Case) -> None:
     inputs = training.inputs()
     student = training.learner(torch.float32).distiller.student
     before = [p.clone() for p in student.parameters()]
@@ -131,7 +131,7 @@ def test_steps_agree_and_move_nothing(training: Case) -> None:
     assert all(p.grad is None for p in student.parameters())
 
 
-def test_baseline_runs_both_models_and_leaves_the_loss_out(training: Case) -> None:
+def test_baseline_runs_both_models_without_the_loss(training: Case) -> None:
     images, labels = training.inputs()
     distiller = training.learner(torch.float32).distiller
     calls = []
@@ -144,7 +144,7 @@ def test_baseline_runs_both_models_and_leaves_the_loss_out(training: Case) -> No
     assert len(gradients) == sum(p.dim() > 1 for p in distiller.student.parameters())
 
 
-def test_close_lets_go_of_the_models(training: Case) -> None:
+def test_close_frees_the_models(training: Case) -> None:
     model = weakref.ref(training.learner(torch.float32).distiller)
     training.close()
     gc.collect()

@@ -1,4 +1,4 @@
-"""`lfcc bench --tune` without a GPU: who is tried, who wins, what is written, and that tiles reach the kernels."""
+"""`lfcc bench --tune` without a GPU: candidates, selection, the written table, and that tiles reach the kernels."""
 
 import copy
 import functools
@@ -34,17 +34,17 @@ TINY = Sizes(
     maps=(("nchw", (1, 3, 5, 4)), ("channels_last", (1, 18, 4, 5))),
     fused=((20, 16),),
     chunks=((20, 16),),
-    group=(10,),
-    group_channels=(3,),
+    foreach=(10,),
+    foreach_channels=(3,),
     crossover_rows=(8, 24),
     crossover_widths=(16, 32),
-    crossover_group=(8, 16),
+    crossover_foreach=(8, 16),
 )
 
 
 @pytest.fixture
 def table() -> Iterator[dict[str, Any]]:
-    """The one that launchers look into here."""
+    """The table that launchers read here, restored afterwards."""
     live = tiles.table(runtime.device_props(torch.device(triton.DEVICE)).capability)
     before = copy.deepcopy(live)
     yield live
@@ -69,7 +69,7 @@ def test_candidates(line: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "winner"),
+    ("scores", "expected"),
     [
         ([1.0], 0),
         ([1.0, 0.99, 1.5], 0),  # within the margin
@@ -79,15 +79,15 @@ def test_candidates(line: dict[str, int]) -> None:
         ([float("inf"), float("inf")], 0),
     ],
 )
-def test_best(scores: list[float], winner: int) -> None:
-    assert search.best(scores) == winner
+def test_best(scores: list[float], expected: int) -> None:
+    assert search.best(scores) == expected
 
 
 class World:
-    """A table of one kernel that a search can run over without any: a call notes what the table says meanwhile."""
+    """A table of one synthetic kernel. The cost of a call depends on the entries of the table during the call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, int], float]) -> None:
-        """`seconds` of a case, by its name and the block, chunk or way in the table."""
+        """`seconds(case, value)` is the cost of a case for the block, chunk or algorithm in the table."""
         self.table = {
             "architecture": 90,
             "source": "before",
@@ -107,11 +107,11 @@ class World:
         self.tuner = search.Tuner(self.table, Sizes(), self.clock, self.said.append)
 
     def case(self, name: str, look: Callable[[], Any]) -> Case:
-        def ours() -> list[torch.Tensor]:
+        def triton() -> list[torch.Tensor]:
             self.cost = self.seconds(name, look())
             return [torch.ones(3)]
 
-        return Case(name, tuple, ours, lambda: [torch.ones(3)], 1e-3)
+        return Case(name, tuple, triton, lambda: [torch.ones(3)], 1e-3)
 
     @staticmethod
     def takes_two(rule: Any, rows: int) -> bool:
@@ -123,7 +123,7 @@ class World:
 
 
 def seconds(name: str, value: Any) -> float:
-    """Case a is best at 128, b at 32; by the geometric mean 128 wins. Chunks are all alike; ways cross at 256."""
+    """Case a is fastest at 128, b at 32; the geometric mean is least at 128. Chunks are equal, ways cross at 256."""
     if name in "ab":
         return {"a": {32: 4.0, 64: 4.0, 128: 1.0}, "b": {32: 1.0, 64: 2.0, 128: 3.0}}[name][value]
     if name == "chunks":
@@ -131,7 +131,7 @@ def seconds(name: str, value: Any) -> float:
     return 1.0 if (value == "two") == (int(name) >= 256) else 2.0
 
 
-def test_search_finds_the_best_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_finds_the_best_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, seconds)
     before = copy.deepcopy(world.table)
     found, kept = world.tuner.tune()
@@ -151,21 +151,21 @@ def failing(kind: type[BaseException], block: int) -> Callable[[str, Any], float
     return fail
 
 
-def test_candidates_that_fail_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_that_fail_are_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, failing(RuntimeError, 128))
     found, kept = world.tuner.tune()
     assert found["kernels"]["kernel"]["2"]["BLOCK_K"] == 32 and kept == ["kernel 8"]
     assert any("4 x RuntimeError" in line for line in world.said)
 
 
-def test_what_cannot_be_measured_stays_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_that_cannot_be_measured_are_unchanged_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, failing(RuntimeError, 0))
     found, kept = world.tuner.tune()
     assert found["kernels"] == world.table["kernels"] and found["way"] == 256
     assert kept == ["kernel 2", "kernel 8"]
 
 
-def test_wrong_results_lose() -> None:
+def test_wrong_results_are_rejected() -> None:
     def call() -> list[torch.Tensor]:
         return [torch.tensor([1.0, 2.0])]
 
@@ -175,7 +175,7 @@ def test_wrong_results_lose() -> None:
             search._check(call, [torch.tensor(expected)], 1e-3, None)
 
 
-def test_spills_beyond_those_of_the_incumbent_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_spills_than_the_incumbent_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     class Kernel:
         def run(self, spills: int, warmup: bool = False) -> Any:
             return type("Compiled", (), {"n_spills": spills})
@@ -194,12 +194,12 @@ def test_spills_beyond_those_of_the_incumbent_lose(monkeypatch: pytest.MonkeyPat
         search._check(call, call(), 1e-3, 7)
 
 
-def test_table_is_written_whole_with_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_table_is_written_with_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     world, path = World(monkeypatch, seconds), tmp_path / "sm_90.json"
-    tuning.write_table(path, 89, world.tuner.tune, "measured on a dream")
+    tuning.write_table(path, 89, world.tuner.tune, "measured on a GPU")
     written = json.loads(path.read_text())
     assert written.keys() == world.table.keys()
-    assert written["architecture"] == 89 and written["source"] == "measured on a dream; not measured: kernel 8"
+    assert written["architecture"] == 89 and written["source"] == "measured on a GPU; not measured: kernel 8"
     assert written["kernels"]["kernel"]["2"]["BLOCK_K"] == 128
     assert [*tmp_path.iterdir()] == [path]
 
@@ -221,10 +221,10 @@ def test_old_table_survives(
         tuning.write_table(path, 90, world.tuner.tune, "")
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
     assert world.table == before
-    assert (f"interrupted, {path} is as it was" in capsys.readouterr().err) == (kind is KeyboardInterrupt)
+    assert (f"interrupted; {path} is unchanged" in capsys.readouterr().err) == (kind is KeyboardInterrupt)
 
 
-def test_nothing_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_measured_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     world = World(monkeypatch, failing(RuntimeError, 0))
     with pytest.raises(ValueError, match="no kernel could be measured"):
         tuning.write_table(tmp_path / "sm_90.json", 90, world.tuner.tune, "")
@@ -233,31 +233,33 @@ def test_nothing_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert not [*tmp_path.iterdir()]
 
 
-def test_command_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_command_raises_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(tuning, "INTERPRET", True)
     assert main(["bench", "--tune"]) == 1
-    assert "TRITON_INTERPRET=1 is in the environment" in capsys.readouterr().err
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
     monkeypatch.setattr(tuning, "INTERPRET", False)
     monkeypatch.setattr(tuning, "missing", lambda: "torch finds no NVIDIA GPU; try another")
     assert main(["bench", "--tune", "-o", "table.json"]) == 1
     error = capsys.readouterr().err
-    assert "needs an NVIDIA GPU and Triton: torch finds no NVIDIA GPU\n" in error and error.count("\n") == 1
+    assert "needs an NVIDIA GPU and Triton, but torch finds no NVIDIA GPU\n" in error and error.count("\n") == 1
 
 
 def test_cases_look_up_every_line_but_those_of_float64(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]) -> None:
-    """What a kernel or shape class that is new in a table needs: a case that runs it."""
-    monkeypatch.setattr(runtime, "raised", lambda dtype: dtype)  # classes as on a GPU; nothing is launched here
+    """A new kernel or shape class in a table needs a case that runs it."""
+    monkeypatch.setattr(runtime, "compute_dtype", lambda dtype: dtype)  # classes as on a GPU; nothing is launched here
     readers = search.Tuner(table, TINY, float, print)._readers()
     wanted = {(kernel, shape_class) for kernel, shape_class, _ in LINES if shape_class != "8"}
     assert wanted == readers.keys()
 
 
-@pytest.mark.parametrize("case", kernel_cases(TINY)[::2], ids=lambda case: case.name)  # every op in one of both types
+@pytest.mark.parametrize(
+    "case", kernel_cases(TINY)[::2], ids=lambda case: case.name
+)  # every op in one of the two dtypes
 def test_tiles_of_the_table_reach_the_kernels(table: dict[str, Any], case: Case) -> None:
-    """Blocks of both sizes are launched, and give what eager gives."""
+    """Blocks of both sizes are launched, and the results agree with eager."""
     seen: list[dict[str, int]] = []
 
-    def note(launch: Callable, *arguments: Any, **options: Any) -> Any:
+    def record(launch: Callable, *arguments: Any, **options: Any) -> Any:
         seen.append({name: value for name, value in options.items() if name.startswith("BLOCK_")})
         return launch(*arguments, **options)
 
@@ -265,20 +267,20 @@ def test_tiles_of_the_table_reach_the_kernels(table: dict[str, Any], case: Case)
         for line in (line for lines in table["kernels"].values() for line in lines.values()):
             line |= {name: block for name in line if name.startswith("BLOCK_")}
         seen.clear()
-        with search.changed(table, case.settings), launches._launching(note):
-            search._check(functools.partial(case.ours, *inputs), expected, case.tolerance, None)
+        with search.changed(table, case.settings), launches._launching(record):
+            search._check(functools.partial(case.triton, *inputs), expected, case.tolerance, None)
         return [*seen]
 
     inputs = case.inputs()
     expected = case.eager(*inputs)
-    case.ours(*inputs)  # launchers may keep what they make in a first call
+    case.triton(*inputs)  # launchers may cache in their first call
     large, small = run(32), run(16)
     blocks = [(many[name], few[name]) for many, few in zip(large, small, strict=True) for name in many]
     assert {(one, other) for one, other in blocks if one != other} == {(32, 16)}
 
 
-def test_crossovers_choose_the_way(table: dict[str, Any]) -> None:
-    """Each way of a crossover launches kernels that the other does not."""
+def test_crossovers_select_the_algorithm(table: dict[str, Any]) -> None:
+    """Each algorithm of a crossover launches kernels that the other does not."""
     for crossover in search.crossovers(TINY):
         *path, key = crossover.path
         holder = functools.reduce(dict.__getitem__, path, table)
@@ -286,8 +288,8 @@ def test_crossovers_choose_the_way(table: dict[str, Any]) -> None:
         inputs, ways = case.inputs(), []
         for way in crossover.ways:
             seen: set[tuple[str, str]] = set()
-            kernels = {name: search._Noted(lines, name, seen) for name, lines in table["kernels"].items()}
+            kernels = {name: search._Recorder(lines, name, seen) for name, lines in table["kernels"].items()}
             with search.changed(holder, {key: way}), search.changed(table, {"kernels": kernels}):
-                case.ours(*inputs)
+                case.triton(*inputs)
             ways.append(seen)
         assert ways[0] - ways[1]

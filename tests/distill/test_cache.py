@@ -1,13 +1,13 @@
-"""Teacher caches: what is kept, how it is made, and what is refused."""
+"""Teacher caches: contents, writing, resuming, and errors."""
 
 import errno
-import json
 import os
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ import torch
 from gloo import in_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from toy_runs import CLASSES, make_distiller
+from toy_runs import CLASSES, Interrupted, make_distiller
 
 from lfcc_kernels import files
 from lfcc_kernels.distill import TeacherOutputs
 from lfcc_kernels.distill.teacher_cache import CacheError, CacheWriter, Manifest, TeacherCache, prepare
 
-IMAGES = 11  # in parts of 4: two whole ones and a short one
+IMAGES = 11  # in parts of 4: two full parts and a short one
 DISTILLER = make_distiller()
 MANIFEST = Manifest(
     identity={"teacher": {"model": "test_resnet", "weights": "toy"}, "flips": True},
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)  # as in every test: the same threads give the same bits
+    torch.set_num_threads(1)  # as in every test, for the same bits
     folder = tmp_path_factory.mktemp("caches") / "whole"
     make(folder)
     return folder
@@ -68,23 +68,23 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_cached_teacher_says_what_the_teacher_says(tmp_path: Path, dtype: str, flipped: bool) -> None:
+def test_cached_outputs_are_those_of_the_teacher(tmp_path: Path, dtype: str, flipped: bool) -> None:
     make(tmp_path / "cache", replace(MANIFEST, dtype=dtype))
     cache = TeacherCache.open(tmp_path / "cache")
     assert (len(cache), cache.num_classes, cache.flips) == (IMAGES, CLASSES, True)
     assert cache.taps == DISTILLER.teacher.taps and cache.channels == DISTILLER.teacher.channels
 
-    order = [10, 0, 4, 3, 7, 8]  # from every part, its ends among them
+    order = [10, 0, 4, 3, 7, 8]  # from every part, including its ends
     shown = torch.stack([images()[index][0] for index in order])
     live = DISTILLER.teach(shown.flip(-1) if flipped else shown)
     kept = cache.outputs(torch.stack([cache.row(index, flipped) for index in order]))
-    # Half a unit in the last place, under which float16 has its subnormals; the batches differ, so float32 rounds too.
+    # Half a unit in the last place, or of subnormals; the batches differ, so float32 rounds too.
     rounding = {"rtol": 2**-11 + 1e-5, "atol": 2**-24 + 1e-5} if dtype == "float16" else {"rtol": 1e-5, "atol": 1e-5}
-    for mine, yours in zip([kept.logits, *kept.pyramids], [live.logits, *live.pyramids], strict=True):
-        assert mine.dtype == torch.float32 and mine.is_contiguous()
-        torch.testing.assert_close(mine, yours, **rounding)
+    for found, expected in zip([kept.logits, *kept.pyramids], [live.logits, *live.pyramids], strict=True):
+        assert found.dtype == torch.float32 and found.is_contiguous()
+        torch.testing.assert_close(found, expected, **rounding)
     other = DISTILLER.teach(shown if flipped else shown.flip(-1))
-    assert all((mine - yours).abs().max() > 1e-2 for mine, yours in zip(kept.pyramids, other.pyramids, strict=True))
+    assert all((found - wrong).abs().max() > 1e-2 for found, wrong in zip(kept.pyramids, other.pyramids, strict=True))
 
 
 def test_without_flips_and_without_pyramids(tmp_path: Path) -> None:
@@ -102,12 +102,8 @@ def test_without_flips_and_without_pyramids(tmp_path: Path) -> None:
             cache.row(index, flipped=False)
 
 
-class Interrupted(Exception):
-    pass
-
-
 class CountedTeacher:
-    """A teacher that counts how often it saw each image, flipped or not, and may break off before a batch."""
+    """A teacher that counts its images and raises Interrupted before batch number `breaks_at`."""
 
     def __init__(self, breaks_at: int = 1000) -> None:
         self.seen, self.batches_left = Counter(), breaks_at
@@ -120,7 +116,7 @@ class CountedTeacher:
         return DISTILLER.teach(images)
 
 
-def test_an_interrupted_cache_goes_on_and_makes_no_part_twice(tmp_path: Path, whole: Path) -> None:
+def test_an_interrupted_cache_continues_and_writes_no_part_twice(tmp_path: Path, whole: Path) -> None:
     first, second, folder = CountedTeacher(breaks_at=7), CountedTeacher(), tmp_path / "cache"
     with pytest.raises(Interrupted):  # in the second of two batches of the second part, at its flip
         make(folder, teach=first)
@@ -158,27 +154,21 @@ def test_two_ranks_share_the_parts(tmp_path: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"identity": {"teacher": {"model": "vgg11", "weights": "toy"}, "flips": True}},
-            "teacher model is vgg11 in this run but te",
-        ),
-        (
-            {"identity": {"teacher": {"model": "test_resnet", "weights": "toy"}}},
-            "identity flips is None in this run but",
-        ),
+        ({"identity": {"teacher": {"model": "vgg11", "weights": "toy"}, "flips": True}}, "teacher model is vgg11 in"),
+        ({"identity": {"teacher": {"model": "test_resnet", "weights": "toy"}}}, "identity flips is None in this run"),
         ({"images": 12}, "images is 12 in this run but 11 in the cache"),
         ({"precision": "bfloat16"}, "precision is bfloat16 in this run but float32 in the cache"),
         ({"dtype": "float32"}, "dtype is float32 in this run but float16 in the cache"),
     ],
 )
-def test_another_cache_is_never_overwritten(copy: Path, changes: dict, message: str) -> None:
+def test_another_cache_is_not_overwritten(copy: Path, changes: dict, message: str) -> None:
     before = contents(copy)
     with pytest.raises(CacheError, match=f"copy contains another cache: .*{message}.*. Choose another folder"):
         prepare(copy, replace(MANIFEST, **changes))
     assert contents(copy) == before
 
 
-def test_neither_is_anything_else(tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for place in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(FileExistsError, match="is not empty and not a teacher cache: choose another folder"):
@@ -186,21 +176,18 @@ def test_neither_is_anything_else(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"thesis.tex": b"precious"}
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda raw: b"",
+    "cut": lambda raw: raw[:-1],
+    "longer": lambda raw: raw + b"\0",
+    "other header": lambda raw: raw.replace(b"'<f2'", b"'<i2'"),
+}
 
 
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def spoil_header(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b"'<f2'", b"'<i2'"))
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, cut, lengthen, spoil_header])
-def test_a_damaged_part_is_named_and_made_again(copy: Path, whole: Path, damage: Callable[[Path], None]) -> None:
-    damage(copy / "part-00001.npy")
+@pytest.mark.parametrize("damage", ["missing", *DAMAGES])
+def test_a_damaged_part_raises_and_is_written_again(copy: Path, whole: Path, damage: str) -> None:
+    part = copy / "part-00001.npy"
+    part.unlink() if damage == "missing" else part.write_bytes(DAMAGES[damage](part.read_bytes()))
     with pytest.raises(
         CacheError, match=r"1 of 3 parts .* missing or damaged, first part-00001\.npy: run `lfcc cache` again"
     ):
@@ -210,19 +197,17 @@ def test_a_damaged_part_is_named_and_made_again(copy: Path, whole: Path, damage:
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "list", "lacking", "unknown", "binary"])
-def test_a_damaged_manifest_is_named(copy: Path, damage: str) -> None:
-    path = copy / "cache.json"
-    text, fields = path.read_text(), json.loads(path.read_text())
-    path.write_bytes(
-        {
-            "empty": b"",
-            "cut": text[: len(text) // 2].encode(),
-            "list": b"[]",
-            "lacking": json.dumps({name: value for name, value in fields.items() if name != "images"}).encode(),
-            "unknown": json.dumps({**fields, "colour": "red"}).encode(),
-            "binary": b"\xff\xfe",
-        }[damage]
-    )
+def test_a_damaged_manifest_raises(copy: Path, damage: str) -> None:
+    path, text = copy / "cache.json", (copy / "cache.json").read_text()
+    damages = {
+        "empty": "",
+        "cut": text[: len(text) // 2],
+        "list": "[]",
+        "lacking": text.replace('"images": 11,', ""),
+        "unknown": text.replace("{", '{"colour": "red",', 1),
+        "binary": "\udcff",
+    }
+    path.write_text(damages[damage], errors="surrogateescape")
     with pytest.raises(CacheError, match=r"cache\.json is damaged .*: delete .*copy and create the cache again"):
         TeacherCache.open(copy)
 
@@ -236,35 +221,30 @@ def test_no_cache_and_a_cache_of_another_format(copy: Path, tmp_path: Path) -> N
         TeacherCache.open(copy)
 
 
-def test_a_full_disk_leaves_the_finished_parts(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, "cache is full; finished parts are complete"), (errno.EIO, "^.Errno 5. Input/output")],
+)
+def test_disk_errors_keep_the_finished_parts(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
     folder, synced = tmp_path / "cache", []
 
     def fsync(descriptor: int) -> None:
         synced.append(descriptor)
         if len(synced) == 4:  # after the manifest and two parts
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"the disk of .*cache is full; finished parts are complete") as caught:
+    with pytest.raises(OSError, match=message) as caught:
         make(folder)
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == code
     assert contents(folder).keys() == {"cache.json", "part-00000.npy", "part-00001.npy"}
     make(folder)
     assert contents(folder) == contents(whole)
 
 
-def test_other_errors_of_the_disk_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(tmp_path / "cache", MANIFEST)
-
-    def fsync(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match="Input/output error"):
-        make_and_count(tmp_path / "cache")
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
+def test_a_disk_that_is_too_small_raises_before_anything_is_written(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = 2 * IMAGES * (CLASSES + 5 * sum(DISTILLER.teacher.channels)) * 2
@@ -279,7 +259,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
     assert prepare(tmp_path / "new/cache", MANIFEST) == [0, 1, 2]
 
 
-def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
+def test_values_that_overflow_float16(tmp_path: Path) -> None:
     def teach(images: Tensor, factor: float) -> TeacherOutputs:
         outputs = DISTILLER.teach(images)
         return outputs._replace(pyramids=[pyramid * factor for pyramid in outputs.pyramids])
@@ -293,35 +273,28 @@ def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
     assert TeacherCache.open(tmp_path / "single").row(0, False).max() > 65504
 
 
-class Rows(Dataset):
-    def __init__(self, cache: TeacherCache) -> None:
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.cache.row(index, flipped=True)
+def read(cache: TeacherCache, indices: Sequence[int] = range(IMAGES)) -> Tensor:
+    return torch.stack([cache.row(index, flipped=True) for index in indices])
 
 
-def test_other_processes_read_it_too(whole: Path) -> None:
+def test_other_processes_can_read_a_cache(whole: Path) -> None:
     cache = TeacherCache.open(whole)
-    expected = torch.stack([cache.row(index, True) for index in range(IMAGES)])  # with all parts open
+    expected = read(cache)  # opens all parts
     pickled = pickle.dumps(cache)
     assert len(pickled) < 5000
-    assert torch.equal(pickle.loads(pickled).row(3, True), expected[3])
-    loader = DataLoader(Rows(cache), IMAGES, num_workers=1)
+    assert torch.equal(read(pickle.loads(pickled)), expected)
+    loader = DataLoader(range(IMAGES), IMAGES, num_workers=1, collate_fn=partial(read, cache))
     assert torch.equal(next(iter(loader)), expected)
 
 
 def test_few_files_are_open_at_once(tmp_path: Path) -> None:
-    """A part has a file descriptor, of which a process may have no more than 1,024."""
+    """Each open part needs a file descriptor, and a process may have at most 1,024."""
     folder, manifest = tmp_path / "cache", replace(MANIFEST, taps=(), images=200, images_per_part=1)
     prepare(folder, manifest)
     for part in range(200):
         row = np.full((1, 2, CLASSES), part, np.float16)
         np.save(manifest.path(folder, part), row)
-    cache = TeacherCache.open(folder)  # NumPy's own files are as good
+    cache = TeacherCache.open(folder)  # files of np.save are valid parts
     assert [int(cache.row(index, True)[0]) for index in range(200)] == list(range(200))
     opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
     assert 0 < sum(path.startswith(str(folder)) for path in opened) <= 128

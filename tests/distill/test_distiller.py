@@ -1,3 +1,5 @@
+"""`Distiller`: losses, gradients, precision, compilation and errors."""
+
 import pytest
 import timm
 import torch
@@ -51,7 +53,7 @@ def test_a_term_of_weight_zero_is_not_computed(monkeypatch: pytest.MonkeyPatch) 
     assert labels_only(IMAGES, LABELS, labels_only.teach(IMAGES)).keys() == {"logits", "loss", "ce"}
 
 
-def test_the_teacher_is_frozen_and_stays_outside() -> None:
+def test_the_teacher_is_frozen_and_not_a_submodule() -> None:
     distiller = make_distiller().train()
     assert not distiller.teacher.training and distiller.student.training
     assert not any("teacher." in name for name in distiller.state_dict())
@@ -60,7 +62,7 @@ def test_the_teacher_is_frozen_and_stays_outside() -> None:
     assert not distiller.teach(IMAGES).logits.requires_grad
 
 
-def test_every_parameter_of_student_and_loss_learns() -> None:
+def test_every_parameter_gets_a_gradient_and_weight_decay() -> None:
     distiller = make_distiller()
     distiller(IMAGES, LABELS, distiller.teach(IMAGES))["loss"].backward()
     assert {name for name, p in distiller.named_parameters() if p.grad is None} == set()
@@ -92,13 +94,13 @@ def test_the_loss_is_float32_under_autocast() -> None:
         ({"beta": 1}, "beta is 1 but lfcc is None"),
     ],
 )
-def test_weights_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_arguments_raise(options: dict, message: str) -> None:
     student = create_extractor(timm.create_model("test_resnet", num_classes=CLASSES), [], image_size=32)
     with pytest.raises(ValueError, match=message):
         Distiller(student, **{"beta": 0} | options)
 
 
-def test_what_the_teacher_must_bring() -> None:
+def test_invalid_teacher_outputs_raise() -> None:
     distiller = make_distiller()
     with pytest.raises(ValueError, match=r"student logits are \(6, 3\) but teacher logits are \(6, 7\)"):
         distiller(IMAGES, LABELS, TeacherOutputs(torch.zeros(6, 7), distiller.teach(IMAGES).pyramids))
@@ -108,7 +110,7 @@ def test_what_the_teacher_must_bring() -> None:
     assert orphan(IMAGES, LABELS, distiller.teach(IMAGES))["lfcc"] > 0
 
 
-def test_taps_that_do_not_match() -> None:
+def test_taps_that_do_not_match_raise() -> None:
     def extractor(taps: list[int]) -> nn.Module:
         return create_extractor(timm.create_model("test_resnet"), taps, image_size=32)
 
@@ -118,8 +120,8 @@ def test_taps_that_do_not_match() -> None:
         build_lfcc(extractor([1]), extractor([4]), scales=(1, 2))
 
 
-def test_nothing_but_forward_reaches_a_parameter() -> None:
-    """DDP and FSDP synchronise what runs inside `forward`, so nothing else may leave a gradient."""
+def test_only_forward_uses_parameters_with_gradient() -> None:
+    """DDP and FSDP synchronise `forward` only."""
     distiller = make_distiller()
     outputs = distiller.teach(IMAGES)
     assert not any(pyramid.requires_grad for pyramid in (outputs.logits, *outputs.pyramids))
@@ -140,7 +142,7 @@ def test_nothing_but_forward_reaches_a_parameter() -> None:
     ],
     ids=str,
 )
-def test_students_compile_without_a_break(name: str, taps: list) -> None:
+def test_students_compile_without_graph_breaks(name: str, taps: list) -> None:
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 8} if "vit" in name else {}
     student = create_extractor(timm.create_model(name, num_classes=CLASSES, **options), taps, image_size=32)
@@ -152,7 +154,7 @@ def test_students_compile_without_a_break(name: str, taps: list) -> None:
     gradients = {name: p.grad.clone() for name, p in distiller.named_parameters()}
     distiller.zero_grad()
 
-    distiller.compile(backend="aot_eager")  # fullgraph: a break raises
+    distiller.compile(backend="aot_eager")  # fullgraph, so a graph break raises
     found = distiller(IMAGES, LABELS, outputs)
     found["loss"].backward()
     for term in expected:

@@ -1,7 +1,6 @@
-"""Every validation image is counted once, whatever the number of ranks."""
+"""Every validation image is counted once for any number of ranks."""
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
+from toy_runs import write_tar
 
 from lfcc_kernels.distill.data import ImageArrays, open_dataset
 from lfcc_kernels.distill.data.evaluation import evaluation_loader, top1
@@ -26,7 +26,7 @@ TRANSFORM = create_transform(16, crop_pct=1.0)
 
 
 class Brightness(nn.Module):
-    """Logits that hit the label of some images and miss that of others."""
+    """A classifier that is right for some images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,14 +45,11 @@ def expected() -> float:
 def write_shards(folder: Path, shards: int = 3) -> None:
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
-        with tarfile.open(folder / f"val-{shard}.tar", "w") as tar:
-            for number in range(shard, NUMBER, shards):
-                file = io.BytesIO()
-                Image.fromarray(PIXELS[number]).save(file, "PNG")
-                for suffix, content in (("png", file.getvalue()), ("cls", str(LABELS[number]).encode())):
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        files = {}
+        for number in range(shard, NUMBER, shards):
+            Image.fromarray(PIXELS[number]).save(image := io.BytesIO(), "PNG")
+            files |= {f"{number:04d}.png": image.getvalue(), f"{number:04d}.cls": str(LABELS[number]).encode()}
+        write_tar(folder / f"val-{shard}.tar", files)
 
 
 def open_shards(folder: Path, number: int = NUMBER):
@@ -71,7 +68,7 @@ def test_top1_counts_in_evaluation_mode() -> None:
 
 @pytest.mark.parametrize("source", ["arrays", "shards"])
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (3, 2), (4, 1), (16, 0)])
-def test_shares_of_ranks_are_the_whole(source: str, ranks: int, workers: int, tmp_path: Path) -> None:
+def test_shares_of_all_ranks_are_the_data_set(source: str, ranks: int, workers: int, tmp_path: Path) -> None:
     write_shards(tmp_path)
     dataset = IMAGES if source == "arrays" else open_shards(tmp_path)
     shares = [
@@ -91,21 +88,21 @@ def test_shares_of_ranks_are_the_whole(source: str, ranks: int, workers: int, tm
 
 
 def evaluate(folder: Path) -> list[float]:
-    """On one rank of several: the accuracy from arrays and from shards."""
+    """The accuracy on arrays and on shards, computed on this rank."""
     place = {"batch_size": 2, "rank": rank(), "world_size": world_size()}
     sources = (IMAGES, open_shards(folder))
     return [top1(Brightness(), evaluation_loader(source, TRANSFORM, **place), 3) for source in sources]
 
 
 @pytest.mark.slow
-def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
+def test_two_processes_have_the_accuracy_of_one(tmp_path: Path) -> None:
     write_shards(tmp_path)
     assert 0 < expected() < 100
     for accuracies in (evaluate(tmp_path), *in_ranks(2, tmp_path, evaluate, tmp_path)):
         assert accuracies == pytest.approx([expected()] * 2)
 
 
-def test_a_stream_that_holds_fewer_images_is_refused(tmp_path: Path) -> None:
+def test_a_stream_with_fewer_images_than_declared_raises(tmp_path: Path) -> None:
     write_shards(tmp_path)
     loader = evaluation_loader(open_shards(tmp_path, number=12), TRANSFORM, batch_size=4)
     with pytest.raises(LoaderError, match="wds/toy: 11 of 12 validation images were read"):
@@ -113,8 +110,7 @@ def test_a_stream_that_holds_fewer_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named(workers: int) -> None:
+def test_a_damaged_image_raises(workers: int) -> None:
     loader = evaluation_loader([*IMAGES, (None, 0)], TRANSFORM, batch_size=4, workers=workers)
-    with pytest.raises(LoaderError, match=r"^image number 11 cannot be read: AttributeError") as caught:
+    with pytest.raises(LoaderError, match=r"^image number 11 cannot be read: AttributeError.*\Z"):  # one line
         top1(Brightness(), loader, 3)
-    assert "\n" not in str(caught.value)

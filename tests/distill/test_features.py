@@ -1,3 +1,5 @@
+"""Feature extractors: taps by index and by module name, default taps, and errors."""
+
 import copy
 
 import pytest
@@ -7,7 +9,7 @@ from torch import nn
 
 from lfcc_kernels.distill import Tap, available_taps, create_extractor, default_taps
 
-# A CNN, a ViT with one and with two prefix tokens, an MLP without any, and a model whose blocks are NHWC.
+# A CNN, ViTs with one and with two prefix tokens, an MLP without any, and a model whose blocks are NHWC.
 MODELS = ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "gmlp_ti16_224", "test_mambaout"]
 
 
@@ -23,8 +25,8 @@ def test_one_forward_gives_the_logits_and_timms_maps(name: str) -> None:
     extractor = create_extractor(model, [1, 3], image_size=64)
     logits, features = extractor(images)
     torch.testing.assert_close(logits, model(images), rtol=0, atol=0)
-    for ours, timms in zip(features, model.forward_intermediates(images, [1, 3], intermediates_only=True), strict=True):
-        torch.testing.assert_close(ours, timms, rtol=0, atol=0)
+    expected = model.forward_intermediates(images, [1, 3], intermediates_only=True)
+    torch.testing.assert_close(features, expected, rtol=0, atol=0)
     assert [tuple(feature.shape[1:]) for feature in features] == [(t.channels, *t.grid) for t in extractor.taps]
     assert extractor.channels == [model.feature_info[index]["num_chs"] for index in (1, 3)]
 
@@ -47,16 +49,15 @@ def test_tokens_become_maps_without_a_copy() -> None:
         ("test_mambaout", ["stages.0", "stages.3"], [0, 3]),
     ],
 )
-def test_hooks_read_what_indices_read(name: str, modules: list[str], indices: list[int]) -> None:
+def test_taps_by_module_name_equal_taps_by_index(name: str, modules: list[str], indices: list[int]) -> None:
     model, images = make(name), torch.randn(2, 3, 64, 64)
     hooked, indexed = (create_extractor(model, taps, image_size=64) for taps in (modules, indices))
-    for ours, theirs in zip(hooked(images)[1], indexed(images)[1], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(hooked(images)[1], indexed(images)[1], rtol=0, atol=0)
     assert [tap.grid for tap in hooked.taps] == [tap.grid for tap in indexed.taps]
     assert hooked.channels == indexed.channels
 
 
-def test_hooks_serve_a_model_that_is_not_of_timm() -> None:
+def test_taps_of_a_model_that_is_not_in_timm() -> None:
     class Transformer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -85,7 +86,7 @@ def test_hooks_serve_a_model_that_is_not_of_timm() -> None:
         create_extractor(model)
 
 
-def test_hooks_leave_a_copy_of_the_model_alone() -> None:
+def test_hooks_of_a_copied_model_record_nothing() -> None:
     extractor = create_extractor(make("test_resnet"), ["layer1"], image_size=32)
     average = copy.deepcopy(extractor.model)
     images = torch.randn(1, 3, 32, 32)
@@ -95,7 +96,7 @@ def test_hooks_leave_a_copy_of_the_model_alone() -> None:
     torch.testing.assert_close(extractor(images)[1][0], features, rtol=0, atol=0)
 
 
-def test_no_tap_computes_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_taps_only_logits_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("test_vit")
     extractor = create_extractor(model, [], image_size=64)
     monkeypatch.setattr(model, "forward_intermediates", None)
@@ -103,7 +104,7 @@ def test_no_tap_computes_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logits.shape == (2, 5) and features == []
 
 
-def test_preprocess_comes_first() -> None:
+def test_preprocess_is_applied_to_the_images() -> None:
     model, images = make("test_resnet"), torch.randn(2, 3, 32, 32)
     extractor = create_extractor(model, [1], image_size=64, preprocess=nn.Upsample(scale_factor=2))
     torch.testing.assert_close(extractor(images)[0], model(nn.functional.interpolate(images, scale_factor=2)))
@@ -125,7 +126,7 @@ def test_default_taps(grids: list[tuple[int, int]], expected: list[int]) -> None
     assert [tap.name for tap in default_taps(taps)] == expected
 
 
-def test_probing_changes_nothing() -> None:
+def test_listing_taps_does_not_change_the_model() -> None:
     model = make("test_resnet").train()
     before = copy.deepcopy(model.state_dict())
     available_taps(model, 32)
@@ -145,6 +146,6 @@ def test_probing_changes_nothing() -> None:
         (["fc"], r"'fc' returns \(1, 5\), expected maps"),
     ],
 )
-def test_taps_that_cannot_be(taps: list, message: str) -> None:
+def test_invalid_taps_raise(taps: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_extractor(make("test_resnet"), taps, image_size=32)

@@ -1,3 +1,5 @@
+"""The training loop: run folder, schedule, checkpoints, errors, precision and timing."""
+
 import csv
 import math
 import time
@@ -34,7 +36,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
     assert list((tmp_path / "events").iterdir())
 
 
-def test_weights_reach_the_log(tmp_path: Path) -> None:
+def test_the_log_has_weighted_terms(tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=1, model_ema=False)
     fit(make_distiller(alpha=0.5, beta=0), ToyBatches(), no_evaluation, settings, RunFolder(tmp_path))
     (row,) = read_csv(tmp_path / "summary.csv")
@@ -42,7 +44,7 @@ def test_weights_reach_the_log(tmp_path: Path) -> None:
     assert row["loss"] == pytest.approx(row["ce"] + 0.5 * row["kd"], rel=1e-5)
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def test_losses_decrease(tmp_path: Path) -> None:
     settings = replace(SETTINGS, epochs=8, lr=3e-3, log_interval=8)
     distiller = make_distiller(alpha=0.1, beta=0.1)
     fit(distiller, ToyBatches(batches=8), no_evaluation, settings, RunFolder(tmp_path))
@@ -50,18 +52,15 @@ def test_it_learns(tmp_path: Path) -> None:
     assert rows[-1]["ce"] < 0.2 * rows[0]["ce"] and rows[-1]["lfcc"] < 0.9 * rows[0]["lfcc"]
 
 
-def test_the_learning_rate_warms_up_and_falls_by_update(tmp_path: Path) -> None:
+def test_learning_rate_per_update(tmp_path: Path) -> None:
     run(tmp_path, ToyBatches(), log_interval=1, min_lr=1e-4)
     for row in read_csv(tmp_path / "steps.csv"):
         t = row["step"]
-        warm_up, cosine = (
-            1e-5 + (1e-3 - 1e-5) * t / 4,
-            1e-4 + (1e-3 - 1e-4) * (1 + math.cos(math.pi * t / 12)) / 2,
-        )
+        warm_up, cosine = (1e-5 + (1e-3 - 1e-5) * t / 4, 1e-4 + (1e-3 - 1e-4) * (1 + math.cos(math.pi * t / 12)) / 2)
         assert row["lr"] == pytest.approx(warm_up if t < 4 else cosine if t < 12 else 1e-4)
 
 
-def test_best_follows_the_averaged_student(tmp_path: Path) -> None:
+def test_best_checkpoint_is_that_of_the_moving_average(tmp_path: Path) -> None:
     scores = iter([10.0, 50.0, 20.0, 70.0, 90.0, 60.0])  # student, average, student, ...
     settings, folder = replace(SETTINGS, checkpoint_interval=None), RunFolder(tmp_path)
     summary = fit(make_distiller(), ToyBatches(), lambda model: next(scores), settings, folder)
@@ -81,13 +80,13 @@ def test_the_checkpoints_of_the_best_epochs_are_kept(tmp_path: Path, scores: tup
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.pt", "best-2.pt", "last.pt"}
 
 
-def test_an_epoch_ends_with_its_last_whole_update(tmp_path: Path) -> None:
+def test_batches_that_do_not_fill_an_update_are_dropped(tmp_path: Path) -> None:
     summary = run(tmp_path, ToyBatches(batches=5), accum_steps=2)
     assert summary["step"] == 3 * 2
     assert [row["step"] for row in read_csv(tmp_path / "summary.csv")] == [2, 4, 6]
 
 
-def test_the_average_lies_between_the_first_and_the_last_student(tmp_path: Path) -> None:
+def test_moving_average(tmp_path: Path) -> None:
     run(tmp_path, ToyBatches(), model_ema_decay=0.5)
     checkpoint = load_checkpoint(tmp_path / "checkpoints/last.pt")
     first, last, average = (
@@ -115,7 +114,7 @@ def test_cached_teacher_outputs_need_no_teacher(tmp_path: Path) -> None:
     assert cached["loss"] == live["loss"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_raises_before_it_is_saved(tmp_path: Path) -> None:
     class Diverging(ToyBatches):
         def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
             for images, labels, *_ in super().epoch(epoch, first):
@@ -128,14 +127,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_raises(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_text("precious")
     with pytest.raises(FileExistsError, match="is not empty: choose another --experiment"):
         run(tmp_path, ToyBatches())
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_an_epoch_that_ends_early_is_an_error(tmp_path: Path) -> None:
+def test_an_epoch_that_ends_early_raises(tmp_path: Path) -> None:
     class Short(ToyBatches):
         def __len__(self) -> int:
             return self.batches + 1
@@ -144,7 +143,7 @@ def test_an_epoch_that_ends_early_is_an_error(tmp_path: Path) -> None:
         run(tmp_path, Short())
 
 
-def test_the_gradient_is_clipped_over_student_and_projections_together() -> None:
+def test_gradient_of_student_and_projections_is_clipped_together() -> None:
     settings = replace(SETTINGS, opt="sgd", lr=1.0, weight_decay=0, clip_grad=1e-3, sched="none", model_ema=False)
     distiller = make_distiller()
     state = create_training_state(distiller, 4, settings)
@@ -156,18 +155,15 @@ def test_the_gradient_is_clipped_over_student_and_projections_together() -> None
     assert steps.norm().item() == pytest.approx(1.9e-3, rel=1e-3)
 
 
-def test_an_update_starts_from_no_gradient() -> None:
-    settings, batch = (
-        replace(SETTINGS, lr=0, sched="none", model_ema=False),
-        next(iter(ToyBatches().epoch(0))),
-    )
+def test_gradients_are_not_accumulated_over_updates() -> None:
+    settings, batch = (replace(SETTINGS, lr=0, sched="none", model_ema=False), next(iter(ToyBatches().epoch(0))))
     state = create_training_state(make_distiller().eval(), 4, settings)
     norms = {update(state, [batch], settings, StepTimer(torch.device("cpu")))["grad_norm"].item() for _ in range(2)}
     assert len(norms) == 1
 
 
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
-def test_mixed_precision_on_request(tmp_path: Path, amp_dtype: str) -> None:
+def test_mixed_precision(tmp_path: Path, amp_dtype: str) -> None:
     assert SETTINGS.precision(torch.device("cpu")) == torch.float32
     assert SETTINGS.precision(torch.device("cuda")) == torch.bfloat16
     dtypes = set()
@@ -180,7 +176,7 @@ def test_mixed_precision_on_request(tmp_path: Path, amp_dtype: str) -> None:
     assert dtypes == {getattr(torch, amp_dtype)} and math.isfinite(summary["loss"])
 
 
-def test_the_timer_tells_the_parts_of_a_step_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timer_separates_the_phases_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, forward, backward):
@@ -216,7 +212,7 @@ def test_the_timer_tells_the_parts_of_a_step_apart(monkeypatch: pytest.MonkeyPat
     assert timer.read() == pytest.approx(seconds, abs=0.05)
 
 
-def test_a_log_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+def test_an_incomplete_log_row_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "steps.csv").write_text("epoch,step,loss\n1,2,0.5\n1,4,0.25\n1,6,")
     assert [row["step"] for row in read_csv(tmp_path / "steps.csv")] == [2, 4]
     with RunFolder(tmp_path).log(2) as log:

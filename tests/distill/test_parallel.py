@@ -1,4 +1,4 @@
-"""The loop on several ranks, in DDP and sharded, against one process."""
+"""The training loop on several ranks with DDP and FSDP, against one process."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -28,12 +28,12 @@ WAYS = {
     "DDP, compiled": {"torchcompile": True},
     "FSDP, compiled": {"fsdp": True, "torchcompile": True},
 }
-# Differently many labels on the ranks.
+# The ranks have different numbers of labels.
 WHOLE = batch_of(size=8, labelled=5, ids=True)
 
 
 class ShareOf:
-    """A rank's part of another source of batches."""
+    """This rank's share of another source of batches."""
 
     def __init__(self, batches: ToyBatches) -> None:
         self.batches = batches
@@ -52,7 +52,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def gradients_in(way: str, direction: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Terms, of this rank, and gradients of one update."""
+    """Terms of this rank, and gradients of one update."""
     settings = replace(GRADIENTS, **WAYS[way])
     distiller = distiller_of("test_vit", direction)
     before = {name: p.detach().clone() for name, p in distiller.named_parameters()}
@@ -65,14 +65,14 @@ def gradients_in(way: str, direction: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def compile_with_little_work(distiller: nn.Module) -> None:
-    """Blocks and parts are compiled by a backend that makes graphs and no code."""
+    """Use a backend that only traces, without code generation."""
     torch.compiler.reset()
     for module in (distiller, *_blocks(distiller.student.model)):
         module.compile = (lambda compile: lambda: compile(backend="aot_eager"))(module.compile)
 
 
 def messages_of_an_update(accum_steps: int) -> int:
-    """How often gradients travel in an update of several batches."""
+    """The number of gradient all-reduces in an update of several batches."""
     settings, buckets = replace(GRADIENTS, accum_steps=accum_steps), []
     state = create_training_state(distiller_of("test_vit"), 4, settings)
 
@@ -86,16 +86,16 @@ def messages_of_an_update(accum_steps: int) -> int:
 
 
 def runs(folder: Path, **settings) -> dict:
-    """A run, and the same run that was broken off in mid-epoch and resumed."""
+    """A run, and the same run interrupted in the middle of an epoch and resumed."""
     options = replace(SETTINGS, **settings)
 
     def run(name: str, batches, checkpoint: dict | None = None) -> dict:
         distiller = make_distiller()
-        torch.manual_seed(dist.get_rank())  # dropout of its own
+        torch.manual_seed(dist.get_rank())  # different dropout on each rank
         return fit(distiller, batches, no_evaluation, options, RunFolder(folder / name), checkpoint=checkpoint)
 
     summary = run("straight", ShareOf(ToyBatches()))
-    stop = {1: 10, 2: 7}[options.accum_steps]  # batches; the last checkpoint is of the middle of an epoch
+    stop = {1: 10, 2: 7}[options.accum_steps]  # batches; the last checkpoint is in the middle of an epoch
     with suppress(Interrupted):
         run("broken", InterruptedBatches(ShareOf(ToyBatches()), stop))
     dist.barrier()
@@ -123,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[pytest.param(RANKS, marks=pytest.mark.slow, id="ranks")])
 def ranks(folder: Path) -> list[dict]:
-    """What each rank found."""
+    """The results of each rank."""
     return in_ranks(RANKS, folder, of_a_rank, folder)
 
 
@@ -131,7 +131,7 @@ def ranks(folder: Path) -> list[dict]:
     ("way", "direction"),
     [(way, d) for way in WAYS for d in DIRECTIONS if d == DIRECTIONS[0] or way in ("DDP", "DDP, 2 batches")],
 )
-def test_ranks_together_learn_as_one_process(ranks: list[dict], way: str, direction: str) -> None:
+def test_gradients_equal_one_process(ranks: list[dict], way: str, direction: str) -> None:
     terms, expected = gradients(distiller_of("test_vit", direction), [WHOLE])
     for rank in ranks:
         assert_same(rank[way, direction][1], expected)
@@ -142,14 +142,14 @@ def test_ranks_together_learn_as_one_process(ranks: list[dict], way: str, direct
         torch.testing.assert_close(rank[way, direction][0]["grad_norm"], terms["grad_norm"], rtol=1e-4, atol=0)
 
 
-def test_gradients_travel_once_an_update(ranks: list[dict]) -> None:
+def test_gradients_are_reduced_once_per_update(ranks: list[dict]) -> None:
     for rank in ranks:
         once, of_two, of_four = rank["messages"]
         assert once == of_two == of_four > 0
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP", "DDP, 2 batches"])
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(ranks: list[dict], folder: Path, way: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(ranks: list[dict], folder: Path, way: str) -> None:
     straight, resumed = (
         load_checkpoint(folder / way / name / "checkpoints/last.pt") for name in ("straight", "broken")
     )
@@ -167,17 +167,17 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(ranks: list[dict], fol
     assert losses[0] == losses[1]
 
 
-def test_a_sharded_run_leaves_the_checkpoint_of_any_run(ranks: list[dict], folder: Path) -> None:
+def test_checkpoint_of_a_sharded_run_has_the_form_of_any_run(ranks: list[dict], folder: Path) -> None:
     sharded, plain = (load_checkpoint(folder / way / "straight/checkpoints/last.pt") for way in ("FSDP", "DDP"))
     model = timm.create_model("test_vit", num_classes=3, img_size=32, patch_size=8, proj_drop_rate=0.1)
     model.load_state_dict(sharded["state_dict"])
     for part in ("state_dict", "state_dict_ema", "loss"):
         assert {n: v.shape for n, v in sharded[part].items()} == {n: v.shape for n, v in plain[part].items()}
-    # One model either way: dropout draws the same, and rounding differs.
+    # The same dropout; only rounding differs.
     assert_same(sharded["state_dict"], plain["state_dict"], rtol=2e-2)
 
 
-def test_the_log_is_of_all_ranks(ranks: list[dict], folder: Path) -> None:
+def test_the_log_averages_over_ranks(ranks: list[dict], folder: Path) -> None:
     assert ranks[0]["DDP", "run"] == ranks[1]["DDP", "run"]
     (row, *_) = read_csv(folder / "DDP/straight/steps.csv")
     shares = {name: row[name] for name in row if name.endswith("_share")}
@@ -185,13 +185,13 @@ def test_the_log_is_of_all_ranks(ranks: list[dict], folder: Path) -> None:
     assert all(0 < share < 1 for share in shares.values())
 
 
-def test_on_other_numbers_of_processes_a_run_does_not_go_on(ranks: list[dict], folder: Path) -> None:
+def test_resuming_with_another_number_of_processes_raises(ranks: list[dict], folder: Path) -> None:
     state = create_training_state(make_distiller(), 4, SETTINGS)
     with pytest.raises(CheckpointError, match="is from 2 processes but this run has 1"):
         state.load_state_dict(load_checkpoint(folder / "DDP/straight/checkpoints/last.pt"))
 
 
-def test_one_process_has_nothing_to_shard() -> None:
+def test_fsdp_in_one_process_raises() -> None:
     with pytest.raises(ValueError, match="--fsdp needs several processes to shard over, but there is one"):
         parallelize(nn.Linear(1, 1), nn.Linear(1, 1), None, shard=True, compiled=False)
 
@@ -200,9 +200,9 @@ def test_one_process_has_nothing_to_shard() -> None:
     ("name", "blocks"),
     [("test_vit", "blocks"), ("test_resnet", "layer1 layer2 layer3 layer4"), ("test_convnext", "stages")],
 )
-def test_blocks_are_what_a_model_runs_one_after_the_other(name: str, blocks: str) -> None:
+def test_blocks_are_the_sequential_modules_of_a_model(name: str, blocks: str) -> None:
     model = timm.create_model(name)
     expected = [child for block in blocks.split() for child in model.get_submodule(block)]
     assert [id(block) for block in _blocks(model) if block in expected] == [id(block) for block in expected]
-    held = sum(p.numel() for block in _blocks(model) for p in block.parameters())
-    assert held > 0.5 * sum(p.numel() for p in model.parameters())
+    numel = sum(p.numel() for block in _blocks(model) for p in block.parameters())
+    assert numel > 0.5 * sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""`lfcc distill` in processes of its own: on ranks as `torchrun` starts them, told to end, and in trouble."""
+"""`lfcc distill` in separate processes: torchrun, SIGTERM, lost ranks and full disks."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ def words(folder: Path, options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the run of a teacher."""
+    """A folder with the run of a teacher."""
     folder = tmp_path_factory.mktemp("runs")
     assert main(words(folder, TEACHER)) == 0
     return folder
@@ -43,17 +43,19 @@ def run(folder: Path, options: str) -> list[str]:
 
 
 def start(command: list[str], ranks: int = 1, **options) -> list[subprocess.Popen]:
-    """One process a rank, under the variables that torchrun sets."""
+    """One process per rank, with the environment variables of torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        ours = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ours |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        variables = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
         python = [sys.executable, "-W", "ignore", "-m", "lfcc_kernels.cli"]
         processes.append(
-            subprocess.Popen([*python, *command], env=os.environ | ours, stderr=subprocess.PIPE, text=True, **options)
+            subprocess.Popen(
+                [*python, *command], env=os.environ | variables, stderr=subprocess.PIPE, text=True, **options
+            )
         )
     return processes
 
@@ -64,7 +66,7 @@ def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen]) -
         time.sleep(0.05)
 
 
-def test_under_torchrun_two_processes_walk_the_way_of_one(folder: Path) -> None:
+def test_two_processes_of_torchrun_equal_one(folder: Path) -> None:
     assert main(run(folder, "--epochs 1 -b 64 --accum-steps 2 --experiment one")) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lfcc_kernels.cli"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -79,15 +81,15 @@ def test_under_torchrun_two_processes_walk_the_way_of_one(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_told_to_end_a_run_saves_and_says_so(folder: Path, ranks: int) -> None:
+def test_sigterm_saves_a_checkpoint(folder: Path, ranks: int) -> None:
     last = folder / f"ended-{ranks}/checkpoints/last.pt"
     options = f"--epochs 9 -b 32 --workers {2 - ranks} --experiment ended-{ranks}"
     processes = start(run(folder, options), ranks, start_new_session=True)
     wait_for(last.exists, processes)
     if ranks == 1:
-        os.killpg(processes[0].pid, signal.SIGTERM)  # the process that loads images is told too
+        os.killpg(processes[0].pid, signal.SIGTERM)  # the loader process gets the signal too
     else:
-        processes[1].send_signal(signal.SIGTERM)  # one is told, and tells the other
+        processes[1].send_signal(signal.SIGTERM)  # only one rank gets the signal
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [143] * ranks
     step = load_checkpoint(last)["progress"]["step"]
@@ -96,7 +98,7 @@ def test_told_to_end_a_run_saves_and_says_so(folder: Path, ranks: int) -> None:
     assert read_csv(last.parents[1] / "steps.csv")[-1]["step"] == step
 
 
-def test_a_lost_rank_ends_the_others_in_one_line(folder: Path) -> None:
+def test_a_lost_rank_ends_the_others_with_one_line(folder: Path) -> None:
     last = folder / "lost/checkpoints/last.pt"
     processes = start(run(folder, "--epochs 9 -b 32 --experiment lost"), 2)
     wait_for(last.exists, processes)
@@ -108,10 +110,10 @@ def test_a_lost_rank_ends_the_others_in_one_line(folder: Path) -> None:
     assert load_checkpoint(last)["progress"]["step"] > 0
 
 
-def test_a_full_disk_ends_a_run_in_one_line(folder: Path) -> None:
+def test_a_full_disk_ends_a_run_with_one_line(folder: Path) -> None:
     last = folder / "full/checkpoints/last.pt"
 
-    def limit() -> None:  # files end at this size, as they do on a disk that is full
+    def limit() -> None:  # simulates a full disk by a limit on file sizes
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     (process,) = start(run(folder, "--epochs 9 -b 32 --experiment full"), preexec_fn=limit)
@@ -122,7 +124,9 @@ def test_a_full_disk_ends_a_run_in_one_line(folder: Path) -> None:
     assert list(last.parent.iterdir()) == []
 
 
-def test_what_was_saved_survives_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lfcc_kernels.distill.checkpoint import save_checkpoint
 
     path = tmp_path / "last.pt"

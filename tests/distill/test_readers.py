@@ -1,9 +1,8 @@
-"""Data sets through timm's readers, from small files: tar, torchvision, Hugging Face."""
+"""Data sets read by timm from small files: tar, torchvision, Hugging Face."""
 
 import hashlib
 import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR100
+from toy_runs import write_tar
 
 from lfcc_kernels.distill.data import fingerprint, open_dataset, readers
 
@@ -19,15 +19,6 @@ def png(value: int, size: int = 8) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (size, size), (value, 0, 0)).save(file, "PNG")
     return file.getvalue()
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> bytes:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path.read_bytes()
 
 
 def contents(dataset) -> list[tuple[int, int]]:
@@ -42,7 +33,7 @@ def test_tar_files(name: str, tmp_path: Path) -> None:
     assert dataset.classes == ["cat", "dog"]
     assert contents(dataset) == [(20, 0), (30, 1), (10, 1)]
     assert dataset.filename(1) == "dog/0.png"
-    # An open file can be handed to no other process.
+    # Loader processes get a pickled copy.
     assert contents(pickle.loads(pickle.dumps(dataset))) == contents(dataset)
 
 
@@ -56,7 +47,7 @@ def test_a_tar_file_of_tar_files(tmp_path: Path) -> None:
     assert dataset.classes == ["n01", "n02"] and contents(dataset) == [(5, 0), (7, 1)]
 
 
-def test_bad_tar_files_are_one_line(tmp_path: Path) -> None:
+def test_invalid_tar_files_raise(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected train\.tar with CLASS/IMAGE in it in "):
         open_dataset("tar", tmp_path, "train")
     write_tar(tmp_path / "train.tar", {"readme.txt": b"nothing"})
@@ -67,7 +58,7 @@ def test_bad_tar_files_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_the_fingerprint_of_a_tar_file(tmp_path: Path) -> None:
+def test_fingerprint_of_a_tar_file(tmp_path: Path) -> None:
     files, seen = {"cat/0.png": png(1), "dog/0.png": png(2)}, set()
     changes = [{}, {"dog/0.png": png(2, size=64)}, {"dog/1.png": png(3)}]
     for change in (*changes, {}):
@@ -102,7 +93,7 @@ def test_torchvision(cifar100: tuple[np.ndarray, list[int]], tmp_path: Path) -> 
     assert fingerprint(dataset) != before
 
 
-def test_missing_cifar100_says_how_to_get_it(tmp_path: Path) -> None:
+def test_missing_cifar100_raises(tmp_path: Path) -> None:
     fetch = rf"create_dataset\('torch/cifar100', '{tmp_path}', 'train', download=True\)"
     with pytest.raises(FileNotFoundError, match=f"torch/cifar100 is missing or damaged in {tmp_path}: .*{fetch}"):
         open_dataset("torch/cifar100", tmp_path, "train")
@@ -138,7 +129,7 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert open_hugging_face(tmp_path / "numbered", num_classes=3).classes == ["0", "1", "2"]
 
 
-def test_the_fingerprint_of_hugging_face(tmp_path: Path) -> None:
+def test_fingerprint_of_hugging_face(tmp_path: Path) -> None:
     seen = []
     for name, values, size in (("x", [1, 2], 8), ("y", [1, 2], 8), ("z", [1, 2], 64), ("w", [1, 3], 8), ("v", [1], 8)):
         write_hugging_face(tmp_path / name, values, size=size)
@@ -146,7 +137,7 @@ def test_the_fingerprint_of_hugging_face(tmp_path: Path) -> None:
     assert seen[0] == seen[1] and len(set(seen)) == 4
 
 
-def test_bad_hugging_face_is_one_line(tmp_path: Path) -> None:
+def test_invalid_hugging_face_data_sets_raise(tmp_path: Path) -> None:
     write_hugging_face(tmp_path / "data", [1, 2])
     with pytest.raises(ValueError, match='cannot be opened: Unknown split "validation"') as caught:
         open_dataset(f"hfds/{tmp_path}/data", tmp_path / "cache", "val", input_key="picture")
@@ -160,7 +151,7 @@ def test_bad_hugging_face_is_one_line(tmp_path: Path) -> None:
     ("name", "package"),
     [("hfds/x", "datasets"), ("hfids/x", "datasets"), ("tfds/x", "tensorflow_datasets"), ("wds/x", "webdataset")],
 )
-def test_a_missing_package_is_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_raises(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(ModuleNotFoundError, match=f"{name} needs the package {package}") as caught:
         open_dataset(name, "nowhere", "train")

@@ -1,4 +1,4 @@
-"""The recipes in configs/: they are the protocol's, agree with each other, and train."""
+"""The recipes in configs/ follow the protocol of OFA-KD, agree with each other, and train."""
 
 import functools
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ NAMES = [
     for student in students
     for teacher in teachers
 ]
-SWINS = {"swin_n": 64, "swin_p": 48}  # widths of the two that timm does not name
+SWINS = {"swin_n": 64, "swin_p": 48}  # widths of the two that timm does not have
 CLASSES = {"cifar100": 100, "imagenet": 1000}
 OF_MODELS = ("student", "student_kwargs", "teacher", "teacher_kwargs")
 
@@ -81,7 +81,7 @@ def test_recipes_of_a_protocol_differ_in_their_models_only(data: str, of_cnns: b
 
 
 def test_protocols_are_those_of_ofa_kd() -> None:
-    """Its configurations, option by option."""
+    """Option by option."""
     shared = {"smoothing": 0.1, "kd_temperature": 1.0, "kd_alpha": 1.0, "img_size": 224, "reprob": 0.0, "aa": None}
     cnn = shared | {"opt": "sgd", "momentum": 0.9, "warmup_epochs": 3, "color_jitter": 0, "mixup": 0, "cutmix": 0}
     vit_mlp = shared | {"opt": "adamw", "lr": 5e-4, "weight_decay": 0.05, "sched": "cosine", "warmup_epochs": 20}
@@ -108,7 +108,7 @@ def random_images(number: int, classes: int) -> ImageArrays:
 
 @functools.cache
 def teacher(name: str, num_classes: int, image_size: int, kwargs: str) -> nn.Module:
-    """One with random weights, which several recipes may have."""
+    """With random weights; shared by recipes with the same teacher."""
     return models.create_model(name, image_size=image_size, num_classes=num_classes, **yaml.safe_load(kwargs))
 
 
@@ -124,7 +124,7 @@ def weights(distiller: Distiller) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two updates of the whole command, on four random images each, of a teacher with random weights."""
+    """Two updates of `lfcc distill` on four random images each, with a random teacher."""
     classes = CLASSES[name.partition("/")[0]]
     of_teacher, of_student = (MODELS[model].channels for model in name.partition("/")[2].split("-"))
     seen: list[tuple[dict[str, Tensor], dict[str, Tensor], Mapping[str, float]]] = []
@@ -148,5 +148,5 @@ def test_a_recipe_trains(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert all(np.isfinite(summary[term]) and summary[term] > 0 for term in ("loss", "ce", "kd", "lfcc"))
     assert all(weight.isfinite().all() for weight in after.values())
     unchanged = [part for part in before if torch.equal(before[part], after[part])]
-    # The last norm of a residual branch may start at 0, and then the branch hardly moves.
+    # If the last norm of a residual branch starts at 0, its weights hardly change.
     assert len(unchanged) < len(before) / 10 and not any(part.startswith("projections") for part in unchanged)

@@ -1,3 +1,5 @@
+"""The HTML report on run folders."""
+
 import base64
 import json
 import re
@@ -28,7 +30,7 @@ def make_run(folder: Path, steps: str, versions: dict | None = VERSIONS) -> Path
     return folder
 
 
-def test_page_holds_everything(tmp_path):
+def test_page_has_tables_plots_and_data(tmp_path):
     runs = [make_run(tmp_path / name, steps) for name, steps in STEPS.items()]
     page = write_report(runs, tmp_path / "out", title="1 < 2", text=["so & so"])
     text = page.read_text()
@@ -69,7 +71,7 @@ def test_runs_of_one_name_and_of_two_places(tmp_path):
 
 
 @pytest.mark.parametrize("summary", [None, "", "epoch,step\n"])
-def test_folder_without_a_finished_epoch_is_one_line(summary, tmp_path):
+def test_folder_without_a_finished_epoch_raises(summary, tmp_path):
     (tmp_path / "run").mkdir()
     if summary is not None:
         (tmp_path / "run" / "summary.csv").write_text(summary)

@@ -1,3 +1,5 @@
+"""Resumed runs equal uninterrupted ones."""
+
 import random
 import signal
 import subprocess
@@ -35,8 +37,8 @@ def flat(state: object, name: str = "") -> dict[str, object]:
 
 @pytest.mark.parametrize("batches", [ToyBatches, augmented_images])
 @pytest.mark.parametrize("stop", [5, 10])
-def test_resume_equals_an_unbroken_run_bit_for_bit(tmp_path: Path, batches, stop: int) -> None:
-    # 3 epochs of 4 updates. Broken off after 5 or 10, the last checkpoint is of an epoch's end, 4, or not, 9.
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path: Path, batches, stop: int) -> None:
+    # 3 epochs of 4 updates. After 5 updates the last checkpoint is that of an epoch, 4; after 10 it is 9.
     run(tmp_path / "straight", batches())
     with pytest.raises(Interrupted):
         run(tmp_path / "broken", InterruptedBatches(batches(), stop))
@@ -61,7 +63,7 @@ def test_resume_equals_an_unbroken_run_bit_for_bit(tmp_path: Path, batches, stop
         assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]
 
 
-def test_resume_wants_the_same_batches(tmp_path: Path) -> None:
+def test_resume_with_other_batches_raises(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(tmp_path, InterruptedBatches(ToyBatches(), 3))
     checkpoint = load_checkpoint(tmp_path / "checkpoints/last.pt")
@@ -82,7 +84,7 @@ run(Path({folder!r}), ToyBatches(batches=1000), checkpoint_interval=1, log_inter
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
+def test_a_killed_run_has_a_valid_checkpoint_at_any_time(tmp_path: Path) -> None:
     last = tmp_path / "checkpoints/last.pt"
     script = KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script])
@@ -90,7 +92,7 @@ def test_a_run_killed_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path:
         deadline = time.monotonic() + 60
         while not last.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        for _ in range(20):  # it saves after each update, so every moment is a good one to be read
+        for _ in range(20):  # it saves after each update
             load_checkpoint(last)
             time.sleep(random.random() / 20)
     finally:

@@ -1,8 +1,7 @@
-"""Streams: WebDataset shards and Hugging Face streams written here, read through timm."""
+"""Training batches of streams: WebDataset shards and Hugging Face streams."""
 
 import io
 import random
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
+from toy_runs import write_tar
 
 from lfcc_kernels.distill.data import fingerprint, open_dataset
 from lfcc_kernels.distill.data.readers import LoaderError, Stream
@@ -31,13 +31,11 @@ def png(value: int) -> bytes:
 
 def write_shards(folder: Path, broken: tuple[int, ...] = ()) -> None:
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"train-{shard}.tar", "w") as tar:
-            for number in range(shard, NUMBER, SHARDS):
-                image = b"nothing" if shard in broken else png(number)
-                for suffix, content in (("png", image), ("cls", str(number % 3).encode())):
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        files = {}
+        for number in range(shard, NUMBER, SHARDS):
+            files[f"{number:04d}.png"] = b"nothing" if shard in broken else png(number)
+            files[f"{number:04d}.cls"] = str(number % 3).encode()
+        write_tar(folder / f"train-{shard}.tar", files)
 
 
 def open_shards(folder: Path, number: str = f"|{NUMBER}") -> Stream:
@@ -61,7 +59,7 @@ def open_hugging_face(folder: Path, number: str = f"|{NUMBER}") -> Stream:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the five seconds that datasets waits after each pass for threads of its own."""
+    """Skip the five seconds that `datasets` waits for its threads after each pass."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
@@ -79,11 +77,11 @@ def drawn(source: StreamedBatches, epoch: int, first: int = 0) -> tuple[torch.Te
 
 
 def numbers(images: torch.Tensor) -> list[int]:
-    """Which images these are, by their red; of PLAIN."""
+    """The numbers of the images under PLAIN, which are their red values."""
     return (images[..., 0, 0, 0] * 255).round().int().flatten().tolist()
 
 
-def test_what_a_stream_says(stream: Stream) -> None:
+def test_length_and_classes_of_a_stream(stream: Stream) -> None:
     assert len(stream) == NUMBER and len(stream.classes) == 3
     with pytest.raises(ValueError, match="cannot fingerprint a Stream"):
         fingerprint(stream)
@@ -100,14 +98,14 @@ def test_an_epoch_has_each_image_with_its_label(stream: Stream, workers: int) ->
 
 
 @pytest.mark.parametrize("input_key", [None, "png", "jpg;png"])
-def test_images_of_shards_are_found_by_their_extension(tmp_path: Path, input_key: str | None) -> None:
+def test_images_of_shards_are_selected_by_extension(tmp_path: Path, input_key: str | None) -> None:
     write_shards(tmp_path)
     options = {"split_name": "train-0.tar|12", "num_classes": 3, "input_key": input_key}
     images = [image for image, _ in open_dataset("wds/toy", tmp_path, "train", **options).read()]
     assert sorted(image.getpixel((0, 0))[0] for image in images) == list(range(0, NUMBER, SHARDS))
 
 
-def test_images_are_shuffled_within_a_shard_anew_in_each_epoch(tmp_path: Path) -> None:
+def test_images_are_shuffled_within_a_shard_in_each_epoch(tmp_path: Path) -> None:
     write_shards(tmp_path)
     stream = open_dataset("wds/toy", tmp_path, "train", split_name="train-0.tar|12", num_classes=3)
     orders = {
@@ -118,7 +116,7 @@ def test_images_are_shuffled_within_a_shard_anew_in_each_epoch(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ranks_share_an_epoch_in_as_many_batches(stream: Stream, workers: int) -> None:
+def test_ranks_share_an_epoch(stream: Stream, workers: int) -> None:
     ranks = [
         StreamedBatches(stream, PLAIN, batch_size=4, seed=0, workers=workers, rank=rank, world_size=2)
         for rank in range(2)
@@ -128,7 +126,7 @@ def test_ranks_share_an_epoch_in_as_many_batches(stream: Stream, workers: int) -
     assert sorted(seen[0] + seen[1]) == list(range(NUMBER))
 
 
-def test_ranks_of_uneven_shards_have_as_many_batches(tmp_path: Path) -> None:
+def test_ranks_with_uneven_shards_have_equally_many_batches(tmp_path: Path) -> None:
     write_shards(tmp_path)
     stream = open_shards(tmp_path)
     sources = [StreamedBatches(stream, PLAIN, batch_size=3, seed=0, rank=rank, world_size=3) for rank in range(3)]
@@ -136,7 +134,7 @@ def test_ranks_of_uneven_shards_have_as_many_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("workers", "mix"), [(1, None), (2, Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=3))])
-def test_an_epoch_can_be_taken_up_in_the_middle(stream: Stream, workers: int, mix: Mixup | None) -> None:
+def test_an_epoch_can_start_in_the_middle(stream: Stream, workers: int, mix: Mixup | None) -> None:
     def source(seed: int = 0) -> StreamedBatches:
         return StreamedBatches(stream, AUGMENTED, batch_size=4, seed=seed, workers=workers, mix=mix)
 
@@ -144,14 +142,14 @@ def test_an_epoch_can_be_taken_up_in_the_middle(stream: Stream, workers: int, mi
     drawn(unbroken, epoch=0)
     images, labels = drawn(unbroken, epoch=1)
     for first in (1, 7):
-        random.seed(first), np.random.seed(first), torch.manual_seed(first)  # the global generators have no say
+        random.seed(first), np.random.seed(first), torch.manual_seed(first)  # the global generators must not matter
         rest, rest_labels = drawn(source(), epoch=1, first=first)
         assert torch.equal(images[first:], rest) and torch.equal(labels[first:], rest_labels)
     assert not torch.equal(images, drawn(source(), epoch=2)[0])
     assert not torch.equal(images, drawn(source(seed=1), epoch=1)[0])
 
 
-def test_the_global_generators_are_left_alone(stream: Stream) -> None:
+def test_the_global_generators_are_not_advanced(stream: Stream) -> None:
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     expected = random.random(), np.random.rand(), torch.rand(())
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
@@ -170,7 +168,7 @@ def test_an_id_belongs_to_one_pair_of_an_epoch(stream: Stream) -> None:
     assert len({value for batch in ids for value in batch}) == NUMBER // 2
 
 
-def test_fewer_shards_than_workers_are_refused(tmp_path: Path) -> None:
+def test_fewer_shards_than_workers_raise(tmp_path: Path) -> None:
     write_shards(tmp_path)
     with pytest.raises(ValueError, match="wds/toy has 4 shards for 3 ranks with 2 workers each: lower --workers"):
         StreamedBatches(open_shards(tmp_path), PLAIN, batch_size=4, seed=0, workers=2, rank=2, world_size=3)
@@ -189,14 +187,14 @@ def test_fewer_hugging_face_shards_than_ranks_are_shared(tmp_path: Path) -> None
     assert sorted(number for share in seen for number in share) == list(range(NUMBER))
 
 
-def test_shards_without_images_end_in_one_line(tmp_path: Path) -> None:
+def test_shards_without_images_raise(tmp_path: Path) -> None:
     write_shards(tmp_path, broken=(0, 1, 2, 3))
     source = StreamedBatches(open_shards(tmp_path), PLAIN, batch_size=4, seed=0)
     with pytest.raises(LoaderError, match="wds/toy ended after 0 of 12 batches because a worker found no more images"):
         list(source.epoch(0))
 
 
-def test_what_is_missing_is_said_at_once(tmp_path: Path) -> None:
+def test_missing_shards_numbers_and_classes_raise(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"wds/toy: 4 of 4 shards are missing in .*: train-0\.tar"):
         open_shards(tmp_path)
     write_shards(tmp_path)

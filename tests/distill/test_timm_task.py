@@ -1,4 +1,4 @@
-"""LFCCTask against a Distiller, and as timm's train.py uses a task."""
+"""LFCCTask against a Distiller, and in a loop like that of timm's train.py."""
 
 import copy
 import runpy
@@ -30,7 +30,7 @@ def create_student() -> nn.Module:
 
 
 def create_teacher() -> nn.Module:
-    """Its normalisation is not the student's."""
+    """With another normalisation than the student."""
     overlay = {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
     return timm.create_model("test_resnet", num_classes=CLASSES, pretrained_cfg_overlay=overlay)
 
@@ -82,13 +82,13 @@ def test_losses_and_gradients_are_those_of_a_distiller() -> None:
     check_same(task, create_distiller(task, alpha=0.5, beta=2.0, kd_temperature=3.0), labels, labels, None)
 
 
-def test_a_criterion_takes_the_place_of_cross_entropy() -> None:
+def test_criterion_replaces_cross_entropy() -> None:
     task = create_task(criterion=LabelSmoothingCrossEntropy(0.2))
     _, labels = batch()
     check_same(task, create_distiller(task, label_smoothing=0.2), labels, labels, None)
 
 
-def test_images_that_timm_mixed_are_no_negatives_of_each_other() -> None:
+def test_images_mixed_by_timm_are_not_negatives_of_each_other() -> None:
     task = create_task()
     images, labels = batch()
     _, target = Mixup(mixup_alpha=0.8, label_smoothing=0.1, num_classes=CLASSES)(images, labels)
@@ -96,7 +96,7 @@ def test_images_that_timm_mixed_are_no_negatives_of_each_other() -> None:
 
 
 def train(task: LFCCTask, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
-    """Updates as timm's train.py makes them; the losses."""
+    """Runs updates like timm's train.py; returns the losses."""
     task.train()
     losses = []
     for step in range(first, last):
@@ -120,7 +120,7 @@ def create_training(seed: int = 0) -> tuple[LFCCTask, torch.optim.Optimizer]:
 def test_a_loop_trains_student_and_projections_and_their_average() -> None:
     task, optimizer = create_training()
     started = copy.deepcopy(task)
-    assert task.trainable_module_ema.module.teacher is None  # or it would be copied
+    assert task.trainable_module_ema.module.teacher is None  # otherwise it would be copied
     train(task, optimizer, 0, 2)
     assert not task.teacher.training and task.trainable_module.training
     for (name, now), then in zip(task.teacher.state_dict().items(), started.teacher.state_dict().values(), strict=True):
@@ -133,7 +133,7 @@ def test_a_loop_trains_student_and_projections_and_their_average() -> None:
     assert not torch.equal(averaged, started.get_eval_model().head.weight)
 
 
-def test_clipping_takes_student_and_projections_and_spares_the_head() -> None:
+def test_clip_parameters_with_and_without_the_head() -> None:
     task = create_task()
     student, lfcc = task.get_eval_model(), task.trainable_module.lfcc
     everything = {*student.parameters(), *lfcc.parameters()}
@@ -141,7 +141,7 @@ def test_clipping_takes_student_and_projections_and_spares_the_head() -> None:
     assert set(task.get_clip_parameters(exclude_head=True)) == everything - set(student.head.parameters())
 
 
-def test_a_checkpoint_of_timm_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+def test_resuming_a_checkpoint_of_timm(tmp_path: Path) -> None:
     task, optimizer = create_training()
     train(task, optimizer, 0, 2)
     saver = CheckpointSaver(
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_timm_goes_on_where_it_was_saved(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_compiled_parts_compute_the_same_under_the_same_keys() -> None:
+def test_compiled_task_has_the_same_results_and_keys() -> None:
     graphs = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
@@ -180,7 +180,7 @@ def test_compiled_parts_compute_the_same_under_the_same_keys() -> None:
 
 
 def distributed_targets() -> dict[str, Tensor]:
-    """Class numbers, and probabilities as mixup on each of two ranks would make them."""
+    """Class labels, and probabilities as from mixup on each of two ranks."""
     torch.manual_seed(2)
     return {"hard": batch()[1], "soft": torch.rand(IMAGES, CLASSES).softmax(1)}
 
@@ -214,12 +214,12 @@ def test_two_ranks_have_the_gradient_of_one_process(tmp_path: Path) -> None:
     assert ranks[0]["keys"] == list(create_student().state_dict())
 
 
-def test_a_teacher_that_timm_does_not_know_is_an_error() -> None:
+def test_an_unknown_teacher_raises() -> None:
     with pytest.raises(ValueError, match=r"timm .* has no model 'resnet_of_tomorrow'"):
         LFCCTask(create_student(), "resnet_of_tomorrow", image_size=SIZE)
 
 
-def test_a_timm_without_tasks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timm_without_tasks_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm.task", None)
     monkeypatch.delitem(sys.modules, "lfcc_kernels.distill.timm_task")
     with pytest.raises(ImportError, match=r"timm .* is installed but LFCCTask needs .* timm 1\.0\.27 or newer"):

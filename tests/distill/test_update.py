@@ -1,4 +1,4 @@
-"""Updates of several batches: gradient caching against one big batch, and against one graph."""
+"""Updates of several batches (GradCache) against one large batch, and against one autograd graph."""
 
 import copy
 from dataclasses import replace
@@ -14,7 +14,7 @@ from lfcc_kernels.distill.loop import create_training_state
 from lfcc_kernels.distill.metrics import StepTimer
 from lfcc_kernels.distill.update import update
 
-# The first step of plain SGD is the gradient, so the weights after it tell everything.
+# The first step of plain SGD is the gradient, so the change of the weights gives it.
 GRADIENTS = replace(
     SETTINGS, opt="momentum", momentum=0, lr=1.0, weight_decay=0, clip_grad=None, sched="none", model_ema=False
 )
@@ -56,25 +56,30 @@ def gradients(distiller: Distiller, batches: list[Batch], **settings) -> tuple[d
     return terms, {name: before[name] - p.detach() for name, p in distiller.named_parameters()}
 
 
+# Logit KD is a small difference of logarithms around 2, times the squared temperature; float32 rounds each logarithm.
+KD_ERROR = 1e-6
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 2e-5) -> None:
     for name in expected:
         error, scale = (found[name] - expected[name]).abs().max(), expected[name].abs().max()
-        assert error <= rtol * scale + 1e-7, f"{name} is off by {error / scale:.1e}"
+        atol = KD_ERROR if name == "kd" else 1e-7
+        assert error <= rtol * scale + atol, f"{name} is off by {error / scale:.1e}"
 
 
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student", "symmetric"])
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("ids", [False, True])
-def test_batches_together_are_the_big_batch(direction: str, parts: int, ids: bool) -> None:
+def test_batches_together_equal_the_large_batch(direction: str, parts: int, ids: bool) -> None:
     distiller, batch = distiller_of("test_vit", direction), batch_of(ids=ids)
     expected = gradients(copy_of(distiller), [batch])
     found = gradients(copy_of(distiller), split(batch, parts))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_same(mine, theirs)
+    for result, same in zip(found, expected, strict=True):
+        assert_same(result, same)
 
 
-def test_plain_accumulation_is_not() -> None:
-    """What caching is for: the mean over batches contrasted one by one is another loss."""
+def test_plain_accumulation_does_not() -> None:
+    """The mean over batches contrasted one by one is another loss."""
     distiller, batch = distiller_of("test_vit"), batch_of()
     _, expected = gradients(copy_of(distiller), [batch])
     plain = [gradients(copy_of(distiller), [part])[1] for part in split(batch, 4)]
@@ -89,11 +94,11 @@ def copy_of(distiller: Distiller) -> Distiller:
     return copied
 
 
-def test_with_dropout_both_passes_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_passes_have_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     distiller, batch = distiller_of("test_vit", dropout=0.3), batch_of(labelled=8)
     parts = split(batch, 2)
 
-    # One graph over both batches, as it would be had it room: the draws of the first pass, in its order.
+    # One graph over both batches, with the random numbers of the first pass in the same order.
     reference = copy_of(distiller).train()
     torch.manual_seed(7)
     outputs = [reference(part.images) for part in parts]
@@ -120,7 +125,7 @@ def test_with_dropout_both_passes_draw_the_same(monkeypatch: pytest.MonkeyPatch)
     assert_same(terms, {"loss": loss.detach(), "lfcc": lfcc.detach()})
 
 
-def test_the_generator_ends_where_one_pass_over_the_batches_leaves_it() -> None:
+def test_generator_advances_as_in_one_pass() -> None:
     distiller, parts = distiller_of("test_vit", dropout=0.3).train(), split(batch_of(), 2)
     torch.manual_seed(7)
     for part in parts:
@@ -143,15 +148,15 @@ def test_statistics_of_batchnorm_advance_once() -> None:
     assert all(norm.track_running_stats for norm in distiller.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
-def test_the_teacher_looks_at_each_batch_once_and_the_student_twice() -> None:
-    distiller, looks = distiller_of("test_vit"), []
+def test_forward_passes_of_teacher_and_student() -> None:
+    distiller, passes = distiller_of("test_vit"), []
     for side in (distiller.teacher, distiller.student):
-        side.register_forward_hook(lambda module, args, outputs: looks.append(module is distiller.teacher))
+        side.register_forward_hook(lambda module, args, outputs: passes.append(module is distiller.teacher))
     gradients(distiller, split(batch_of(), 4))
-    assert looks.count(True) == 4 and looks.count(False) == 8
-    looks.clear()
+    assert passes.count(True) == 4 and passes.count(False) == 8
+    passes.clear()
     gradients(distiller, [batch_of()])
-    assert looks.count(True) == 1 == looks.count(False)
+    assert passes.count(True) == 1 == passes.count(False)
 
 
 def test_without_lfcc_one_pass_is_enough() -> None:
@@ -161,12 +166,12 @@ def test_without_lfcc_one_pass_is_enough() -> None:
     distiller.student.register_forward_hook(lambda *args: passes.append(1))
     found = gradients(distiller, split(batch, 2))
     assert len(passes) == 2
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_same(mine, theirs)
+    for result, same in zip(found, expected, strict=True):
+        assert_same(result, same)
 
 
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
-def test_in_mixed_precision_too(amp_dtype: str) -> None:
+def test_mixed_precision(amp_dtype: str) -> None:
     distiller, batch = distiller_of("test_vit"), batch_of()
     _, exact = gradients(copy_of(distiller), split(batch, 2))
     terms, found = gradients(distiller, split(batch, 2), amp=True, amp_dtype=amp_dtype)
@@ -198,20 +203,20 @@ def test_probabilities_as_labels() -> None:
 
 
 @pytest.mark.slow
-def test_student_and_loss_compile_without_a_break() -> None:
+def test_student_and_loss_compile_without_graph_breaks() -> None:
     distiller, batch = distiller_of("test_vit"), batch_of(ids=True)
     expected = gradients(copy_of(distiller), [batch])
     distiller.compile(backend="aot_eager")
     for batches in ([batch], split(batch, 2)):
         found = gradients(distiller, batches)
-        for mine, theirs in zip(found, expected, strict=True):
-            assert_same(mine, theirs)
+        for result, same in zip(found, expected, strict=True):
+            assert_same(result, same)
         with torch.no_grad():
             for name, p in distiller.named_parameters():
                 p.add_(found[1][name])
 
 
-def test_channels_last_is_a_layout_and_no_other_result() -> None:
+def test_channels_last_changes_the_layout_only() -> None:
     distiller, layouts = distiller_of("test_resnet"), []
     expected = gradients(copy_of(distiller), [batch_of()])
     for side in (distiller.student, distiller.teacher):

@@ -1,6 +1,8 @@
-"""Small runs that the tests of the loop share."""
+"""Small runs and files that the tests share."""
 
+import io
 import random
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +12,13 @@ import timm
 import torch
 from torch import nn
 
-from lfcc_kernels.distill import (
-    Batch,
-    Distiller,
-    FitSettings,
-    RunFolder,
-    build_lfcc,
-    create_extractor,
-    fit,
-)
+from lfcc_kernels.distill import Batch, Distiller, FitSettings, RunFolder, build_lfcc, create_extractor, fit
 
 CLASSES = 3
 
 
 def make_distiller(seed: int = 0, **weights: float) -> Distiller:
-    """A ViT with dropout that learns from a CNN, both tiny and at 32 pixels."""
+    """A tiny ViT student with dropout and a tiny CNN teacher at 32 pixels."""
     torch.manual_seed(seed)
     student = create_extractor(
         timm.create_model("test_vit", num_classes=CLASSES, img_size=32, patch_size=8, proj_drop_rate=0.1),
@@ -85,10 +79,14 @@ def run(folder: Path, batches, checkpoint: dict | None = None, **settings) -> di
     random.seed(0), np.random.seed(0)
     distiller = make_distiller()
     return fit(
-        distiller,
-        batches,
-        no_evaluation,
-        replace(SETTINGS, **settings),
-        RunFolder(folder),
-        checkpoint=checkpoint,
+        distiller, batches, no_evaluation, replace(SETTINGS, **settings), RunFolder(folder), checkpoint=checkpoint
     )
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()

@@ -1,8 +1,8 @@
-// Runs the blocks of a grid one after the other, every thread of a block as a fiber.
+// Runs the blocks of a grid one after the other, with every thread of a block as a fiber.
 //
-// A warp runs until each of its threads waits at a barrier or has finished, then the next warp of the order does;
-// within a warp a thread runs until it meets others. So whatever needs a barrier that is not there comes too early in
-// some order. Errors leave the grid where it is and are thrown out of it.
+// A warp runs until each of its threads waits at a barrier or has finished, then the next warp of the schedule runs;
+// within a warp a thread runs until it synchronises with other lanes. So an access that lacks a barrier comes too early
+// in some schedule. An error ends the launch with an exception.
 #pragma once
 
 #include <link.h>
@@ -18,7 +18,7 @@ namespace lfcc::emulation {
 
 // ---- threads
 
-// Of the running thread: ends the launch.
+// Called by the running thread; ends the launch.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
   char text[256];
   va_list values;
@@ -35,7 +35,7 @@ inline void enter(Thread& thread) {
   machine.thread_index.x = thread.number;
 }
 
-// The thread waits: another of its warp goes on, or the scheduler where none can.
+// The thread waits: another thread of its warp continues, or the scheduler if none can.
 inline void leave(const char* waits_in, int line) {
   Thread& thread = *machine.thread;
   Warp& warp = *machine.warp;
@@ -56,11 +56,11 @@ inline void thread_main() {
     thread.groups = 0;
     machine.warp->running &= ~(1u << machine.lane());
     --machine.running;
-    leave("the end", 0);  // comes back for another block
+    leave("the end", 0);  // resumed for the next block
   }
 }
 
-// All threads must come to the same barrier; those that have finished are not waited for.
+// All threads must reach the same barrier, except those that have finished.
 inline void barrier(int line) {
   if (machine.at_barrier++ == 0) machine.barrier_line = line;
   if (machine.barrier_line != line)
@@ -68,7 +68,7 @@ inline void barrier(int line) {
   leave("__syncthreads", line);
 }
 
-// Lanes of the warp wait for each other; the last one acts for all and goes on first.
+// The lanes of the warp wait for each other; the last one computes the results of all and continues first.
 inline void meet(const Operation& operation, uint32_t mask, int line) {
   Warp& warp = *machine.warp;
   const uint32_t self = 1u << machine.lane();
@@ -87,7 +87,7 @@ inline void meet(const Operation& operation, uint32_t mask, int line) {
   warp.ready |= mask & ~self;
 }
 
-// Lanes of a whole warp meet, as the instructions on matrices demand.
+// All 32 lanes synchronise, as the matrix instructions require.
 inline void meet_all(const Operation& operation, int line) {
   if (machine.warp->lanes != ~0u) fail("%s of line %d in a warp of less than 32 lanes", operation.name, line);
   meet(operation, ~0u, line);
@@ -95,8 +95,8 @@ inline void meet_all(const Operation& operation, int line) {
 
 // ---- shared memory
 
-// __shared__ makes a variable thread_local, which puts all of them in one place that can be found: the library's
-// thread-local storage, that holds nothing else.
+// __shared__ makes a variable thread_local, so that all of them are in one known place: the library's thread-local
+// storage, which contains nothing else.
 inline thread_local unsigned char shared_mark;
 
 struct Storage {
@@ -104,9 +104,9 @@ struct Storage {
   size_t bytes;
 };
 
-// Of the library that the mark is in, for this thread of the operating system.
+// The storage of the library with the mark, for this operating system thread.
 inline Storage find_static_shared() {
-  shared_mark = 0;  // makes the storage exist
+  shared_mark = 0;  // allocates the storage
   Storage found = {};
   dl_iterate_phdr(
       [](dl_phdr_info* library, size_t, void* result) {
@@ -208,7 +208,7 @@ inline void run_grid(
     prepare_fiber(thread.fiber, thread_main, thread.number);
   }
 
-  // As many bytes as were asked for, so that AddressSanitizer sees a step past them.
+  // Exactly as many bytes as requested, so that AddressSanitizer detects an access past them.
   struct Shared {
     unsigned char* bytes;
     explicit Shared(size_t count) : bytes(new (std::align_val_t(128)) unsigned char[count]) {}
@@ -224,7 +224,7 @@ inline void run_grid(
       m.block_index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
       run_block();
     }
-  } catch (...) {  // some threads stopped in the middle
+  } catch (...) {  // some threads have not finished
     for (Thread& thread : m.threads) thread.prepared = false;
     throw;
   }

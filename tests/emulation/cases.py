@@ -1,8 +1,8 @@
-"""Calls of the CUDA kernels that together take every path through them, for `test_kernels.py` and `test_sanitizers.py`.
+"""Calls of the CUDA kernels that together run every code path, for `test_kernels.py` and `test_sanitizers.py`.
 
-The functions of `op_cases.py`, and a shape for each branch of the tiling: several maps in a tile, several tiles in a
-map, by rows and by columns, several passes over the filters, wide and narrow copies, both widths of fused tiles,
-several chunks, and a rest of every kind.
+The functions of `op_cases.py`, and a shape for each branch of the tiling: several maps per tile, several tiles per map,
+by rows and by columns, several passes over the filters, wide and narrow copies, both widths of fused tiles, several
+chunks, and a remainder of every kind.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def results_of(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tenso
 def contrast(
     batch: int, keys: int, width: int, dtype: torch.dtype, direction: str, ids: bool = False, frozen: bool = False
 ) -> Case:
-    """The positives are the last of the keys."""
+    """The positives are the last keys."""
     sides = [randn(rows, width).to(dtype).requires_grad_() for rows in (batch, keys)]
     inputs = [sides[0], torch.tensor(0.1, requires_grad=True), *([] if frozen else [sides[1]])]
     options: dict[str, Any] = {"direction": direction, "positive_offset": keys - batch}
@@ -63,7 +63,7 @@ def averages(*arguments: Any, **options: Any) -> Case:
 
 
 def many_maps(filtered: bool) -> Case:
-    """More maps than a launch takes, of which one is cut out of a larger map."""
+    """More maps than one launch processes; one of them is a slice of a larger map."""
     sizes = [(40, 7, 7), (3, 30, 28), (5, 14, 14), (3, 6, 5)] * 4
     maps = [randn(2, *size).requires_grad_() for size in sizes]
     filters = [randn(7, side).requires_grad_() for size in sizes for side in size[1:]] if filtered else []
@@ -86,7 +86,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 for _dtype in DTYPES:
     for _layout in (CONTIGUOUS, CHANNELS_LAST):
-        for _size in ((2, 40, 7, 7), (1, 9, 56, 40)):  # several maps a tile, several tiles a map
+        for _size in ((2, 40, 7, 7), (1, 9, 56, 40)):  # several maps per tile, several tiles per map
             CASES[f"{_size}, {_dtype}, {_layout}"] = lambda s=_size, d=_dtype, m=_layout: pyramids(s, d, m)
     for _width in (20, 100, 300):  # both widths of fused tiles, and chunks
         for _direction in ("student_to_teacher", "symmetric"):

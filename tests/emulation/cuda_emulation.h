@@ -21,7 +21,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static thread_local  // block.h says why
+#define __shared__ static thread_local  // see block.h
 
 inline constexpr const uint3& threadIdx = lfcc::emulation::machine.thread_index;
 inline constexpr const uint3& blockIdx = lfcc::emulation::machine.block_index;
@@ -47,7 +47,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-// ---- the language; `line` is that of the call
+// ---- the language; `line` is the line of the call
 
 inline void __syncthreads(int line = __builtin_LINE()) { lfcc::emulation::barrier(line); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
@@ -92,7 +92,7 @@ inline float __expf(float x) { return std::exp(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
 
-// If one argument is NaN, the other.
+// If one argument is NaN, returns the other.
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
@@ -174,15 +174,13 @@ inline float fast_exp2(float x) { return std::exp2(x); }
 
 extern "C" {
 
-// The order of blocks, warps and threads: 0 as they are numbered, 1 backwards, else shuffled again after every barrier.
+// The order of blocks, warps and threads: 0 ascending, 1 descending, otherwise shuffled again after every barrier.
 __attribute__((used, visibility("default"))) inline void lfcc_emulation_schedule(unsigned schedule) {
   lfcc::emulation::machine.schedule = schedule;
 }
-// The most dynamic shared memory that a kernel was launched with, 0 for a name that was not launched.
+// The largest dynamic shared memory with which a kernel was launched since the last call, 0 if it was not launched.
 __attribute__((used, visibility("default"))) inline size_t lfcc_emulation_shared_bytes(const char* kernel) {
-  const auto& known = lfcc::emulation::machine.shared_bytes_of;
-  const auto found = known.find(kernel);
-  return found == known.end() ? 0 : found->second;
+  return std::exchange(lfcc::emulation::machine.shared_bytes_of[kernel], 0);
 }
 
 }

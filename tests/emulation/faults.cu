@@ -13,7 +13,7 @@ __device__ float warp_sum(float value) {
   return value;
 }
 
-// One sum a block.
+// One sum per block.
 __global__ void __launch_bounds__(1024) block_sum_kernel(const float* x, float* sums, int64_t fours) {
   __shared__ float of_warp[32];
   const float4* x4 = reinterpret_cast<const float4*>(x);
@@ -49,7 +49,7 @@ enum Fault {
   half_a_warp,
 };
 
-// Log-sum-exp of a row that lies in shared memory.
+// Log-sum-exp of a row in shared memory.
 __global__ void row_lse_kernel(const float* x, float* lse, int width, Fault fault) {
   float* row = reinterpret_cast<float*>(lfcc::cuda::dynamic_shared());
   for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = x[blockIdx.x * width + i];
@@ -64,7 +64,7 @@ __global__ void row_lse_kernel(const float* x, float* lse, int width, Fault faul
   if (threadIdx.x == 0) lse[blockIdx.x] = peak + logf(sum);
 }
 
-// Every warp turns its 32 numbers round by way of shared memory.
+// Every warp reverses its 32 numbers through shared memory.
 __global__ void turn_kernel(const float* x, float* result, Fault fault) {
   __shared__ float numbers[2][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -73,7 +73,7 @@ __global__ void turn_kernel(const float* x, float* result, Fault fault) {
   result[threadIdx.x] = numbers[warp][31 - lane];
 }
 
-// Shared memory that nobody wrote.
+// Reads shared memory that was not written.
 __global__ void unwritten_kernel(float* result) {
   __shared__ float fixed[64];
   float* dynamic = reinterpret_cast<float*>(lfcc::cuda::dynamic_shared());
@@ -82,8 +82,8 @@ __global__ void unwritten_kernel(float* result) {
   fixed[threadIdx.x] = dynamic[threadIdx.x] = 1;
 }
 
-// The sum of tiles of 4 numbers a thread, one copied while another is added; every thread adds what its neighbour
-// copied.
+// The sum of tiles of 4 numbers per thread; the next tile is copied while one is added. Every thread adds the numbers
+// that its neighbour copied.
 __global__ void staged_sum_kernel(const float* x, float* result, int tiles, Fault fault) {
   float* stages = reinterpret_cast<float*>(lfcc::cuda::dynamic_shared());
   const int numbers = 4 * blockDim.x, neighbour = (threadIdx.x + 1) % blockDim.x;
@@ -111,7 +111,7 @@ __global__ void staged_sum_kernel(const float* x, float* result, int tiles, Faul
   result[neighbour] = sum;
 }
 
-// What cannot go on, or must not.
+// Deadlocks and invalid operations.
 __global__ void stuck_kernel(float* result, Fault fault) {
   const unsigned i = threadIdx.x;
   alignas(16) uint32_t matrices[4] = {};
@@ -129,7 +129,7 @@ __global__ void stuck_kernel(float* result, Fault fault) {
   result[i] = static_cast<float>(matrices[0]);
 }
 
-// All that lanes exchange, 12 results a lane.
+// All exchanges between lanes, 12 results per lane.
 __global__ void exchange_kernel(const float* x, float* result) {
   const int i = threadIdx.x;
   const float value = x[i];
@@ -138,7 +138,7 @@ __global__ void exchange_kernel(const float* x, float* result) {
       __shfl_sync(all_lanes, value, 5),
       __shfl_sync(all_lanes, value, i + 3, 8),
       __shfl_xor_sync(all_lanes, value, 3),
-      __shfl_xor_sync(all_lanes, value, 16, 8),  // of a later group: its own
+      __shfl_xor_sync(all_lanes, value, 16, 8),  // from a later group: its own value
       __shfl_down_sync(all_lanes, value, 7),
       __shfl_down_sync(all_lanes, value, 3, 8),
       __shfl_up_sync(all_lanes, value, 7),
@@ -151,7 +151,7 @@ __global__ void exchange_kernel(const float* x, float* result) {
   for (int k = 0; k < 12; ++k) result[12 * i + k] = results[k];
 }
 
-// Rows of 16 bytes through shared memory, 4 results a lane.
+// Rows of 16 bytes through shared memory, 4 results per lane.
 template <bool transposed>
 __global__ void matrices_kernel(const uint4* rows, uint32_t* result) {
   uint4* shared = reinterpret_cast<uint4*>(lfcc::cuda::dynamic_shared());
@@ -193,7 +193,7 @@ __global__ void product_kernel(const T* a, const T* b, float* c) {
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// The message of what `body` throws, or null.
+// The message of the exception that `body` throws, or null.
 template <typename Body>
 const char* message_of(const Body& body) {
   static std::string message;
@@ -249,7 +249,7 @@ const char* product(const void* a, const void* b, float* c, int type) {
     });
   });
 }
-// A launch that asks for too much.
+// A launch beyond the limits of a GPU.
 const char* oversized(int threads, int64_t bytes, int blocks) {
   return message_of([&] {
     launch("oversized", unwritten_kernel, dim3(1, blocks), threads, bytes, nullptr, nullptr);

@@ -1,4 +1,4 @@
-// Stacks and the switch between them: what the threads of an emulated block are made of.
+// Fibers, the threads of an emulated block: stacks, and the switch between them.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,13 +19,13 @@
 namespace lfcc::emulation {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t stack_bytes = 256 << 10;  // with the zones it puts around every array
+constexpr size_t stack_bytes = 256 << 10;  // with the red zones around every array
 #else
 constexpr size_t stack_bytes = 64 << 10;
 #endif
 
 #if defined(__x86_64__)
-// Keeps what a function must keep on the stack, and goes on where the other stack was left.
+// Saves the callee-saved registers on the stack, and continues at the point where the other stack was left.
 extern "C" void lfcc_emulation_switch(void** stack_pointer, void* other_stack_pointer);
 asm(R"(
   .pushsection .text
@@ -53,9 +53,9 @@ lfcc_emulation_switch:
 )");
 #endif
 
-// A stack, and where its code goes on.
+// A stack and its resume address.
 struct Fiber {
-  char* stack = nullptr;  // of an operating system's thread: unknown until AddressSanitizer tells
+  char* stack = nullptr;  // for an operating system thread unknown until AddressSanitizer reports it
   size_t bytes = 0;
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -101,7 +101,7 @@ inline void switch_fiber(Fiber& from, Fiber& to) {
 #endif
 }
 
-// Gives the fiber a stack of its own, which is never freed, below it a page that may not be touched.
+// Allocates the stack of the fiber, which is never freed, above a guard page.
 inline void allocate_stack(Fiber& fiber) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   void* memory = mmap(
@@ -111,16 +111,16 @@ inline void allocate_stack(Fiber& fiber) {
   fiber.bytes = stack_bytes;
 }
 
-// The next switch to the fiber enters `entry`, which must not return, from the top of the stack. `number` sets tops
-// apart: stacks lie a power of two from each other, and the same depth of all would fall on one line of the cache.
+// The next switch to the fiber enters `entry`, which must not return, from the top of the stack. `number` shifts the
+// top: stacks are a power of two apart, so equal depths of all would map to one cache line.
 inline void prepare_fiber(Fiber& fiber, void (*entry)(), unsigned number) {
   char* top = fiber.stack + fiber.bytes - number % 32 * 128;
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(fiber.stack, fiber.bytes);  // what was left in the middle kept its zones
+  __asan_unpoison_memory_region(fiber.stack, fiber.bytes);  // an interrupted function leaves its red zones
   fiber.shadow = nullptr;
 #endif
 #if defined(__x86_64__)
-  void* frame[8] = {};  // six registers, where to return to, and where that would return to: nowhere
+  void* frame[8] = {};  // six registers, the return address, and the (null) return address of the entry
   std::memcpy(&frame[6], &entry, sizeof entry);
   std::memcpy(top - sizeof frame, frame, sizeof frame);
   fiber.stack_pointer = top - sizeof frame;

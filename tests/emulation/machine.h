@@ -16,7 +16,7 @@
 
 namespace lfcc::emulation {
 
-// 16, 8 or 4 bytes on their way to shared memory.
+// An asynchronous copy of 16, 8 or 4 bytes to shared memory.
 struct Copy {
   unsigned char* to;
   unsigned bytes, group;
@@ -26,16 +26,16 @@ struct Copy {
 struct Thread {
   Fiber fiber;
   unsigned number = 0;
-  bool prepared = false;  // its stack is that of a thread that begins or has ended
+  bool prepared = false;  // its thread has not begun or has ended
   const char* waits_in = nullptr;
   int line = 0;
   std::vector<Copy> copies;
-  unsigned groups = 0;  // of copies, that were ended
+  unsigned groups = 0;  // committed groups of copies
 };
 
 struct Warp;
 
-// What lanes do together, once the last of them has come.
+// An operation of several lanes, run when the last of them has arrived.
 struct Operation {
   const char* name;
   void (*act)(Warp& warp, uint32_t mask);
@@ -47,15 +47,15 @@ struct Meeting {
 };
 
 struct alignas(64) Warp {
-  uint32_t lanes = 0;    // that the block has
-  uint32_t running = 0;  // that have not finished
-  uint32_t ready = 0;    // that could go on
-  int first = 0;         // the lane that goes first, and whether the others follow downwards
+  uint32_t lanes = 0;    // lanes in the block
+  uint32_t running = 0;  // not finished
+  uint32_t ready = 0;    // not waiting
+  int first = 0;         // the lane that runs first, and whether the others follow in descending order
   bool descending = false;
   unsigned pending = 0;
   std::array<Meeting, 32> meetings;
 
-  // What lanes bring along and take away. A lane's part is its own until it takes part in the next operation.
+  // Inputs and results of the lanes. A lane's entries are valid until its next operation.
   std::array<uint64_t, 32> values, results;
   std::array<int, 32> sources;
   alignas(32) std::array<std::array<uint32_t, 4>, 32> rows, matrices;
@@ -72,12 +72,12 @@ struct alignas(64) Warp {
 constexpr int most_threads = 1024;
 constexpr size_t most_shared_bytes = 227 << 10;
 
-// The one machine of the library: a launch holds it to its end.
+// The machine of the library, locked during a launch.
 struct Machine {
   std::mutex mutex;
   unsigned schedule = 0;
   uint64_t random = 0;
-  std::map<std::string, size_t> shared_bytes_of;  // the largest dynamic shared memory of each kernel
+  std::map<std::string, size_t> shared_bytes_of;  // the largest dynamic shared memory of each kernel, until it is read
 
   const char* name = nullptr;
   void (*kernel)(const void* arguments) = nullptr;
@@ -86,7 +86,7 @@ struct Machine {
   Fiber scheduler;
   std::vector<Thread> threads;
   std::array<Warp, most_threads / 32> warps;
-  std::vector<unsigned> order;  // of warps
+  std::vector<unsigned> order;  // order of the warps
   Thread* thread = nullptr;
   Warp* warp = nullptr;
   unsigned running = 0, at_barrier = 0;

@@ -1,4 +1,4 @@
-// CUDA's vectors and two-byte floating point, with the conversions that the kernels use.
+// CUDA's vector types and 16-bit floating point, with the conversions that the kernels use.
 #pragma once
 
 #include <bit>
@@ -47,7 +47,7 @@ struct __half {
 
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 
-// To nearest even; any NaN becomes the one that the GPU makes.
+// Rounds to nearest even; any NaN becomes that of the GPU.
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t bits = __float_as_uint(x);
   if (std::isnan(x)) return {0x7fff};
@@ -61,15 +61,15 @@ inline float __half2float(__half x) {
   return __uint_as_float(bits | (x.bits & 0x8000u) << 16);
 }
 
-// To nearest even, as above.
+// Rounds to nearest even, as above.
 inline __half __float2half_rn(float x) {
   const uint32_t bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u;
   const float magnitude = std::fabs(x);
   uint32_t result;
   if (std::isnan(x)) return {0x7fff};
-  if (magnitude >= 65520.0f)  // half of the way from the largest number to the next, that there is not
+  if (magnitude >= 65520.0f)  // halfway between the largest number and the next, which overflows
     result = 0x7c00u;
-  else if (magnitude < 0x1p-14f)  // subnormal: the last place of 0.5 is that of the result
+  else if (magnitude < 0x1p-14f)  // subnormal: adding 0.5 rounds to the last place of the result
     result = __float_as_uint(magnitude + 0.5f) - 0x3f000000u;
   else
     result = ((bits & 0x7fffffffu) - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13;

@@ -1,7 +1,7 @@
 """Runs cases of `cases.py` under the sanitizers; started by `test_sanitizers.py` in the environment of `build.py`.
 
-Reads the names of cases from stdin, a line each, and answers each with a line: "passed", or what was raised. A finding
-of a sanitizer ends the process, with a report on stderr.
+Reads the names of cases from stdin, one per line, and prints "passed" or the exception for each. A finding of a
+sanitizer ends the process with a report on stderr.
 """
 
 import sys

@@ -21,7 +21,7 @@ TYPES = {"float32": 1, "bfloat16": 2, "float16": 3}
 
 
 class Kernels:
-    """Calls what faults.cu exports, with tensors as pointers and faults by name; raises what it reports."""
+    """Calls the functions of faults.cu, with tensors as pointers and faults by name; raises their errors."""
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL(str(build.build("faults", [SOURCE])))
@@ -65,7 +65,7 @@ def in_all_schedules(call: Kernels, name: str, x: Tensor, result: Tensor, *argum
 
 
 def all_same(results: list[Tensor]) -> bool:
-    return all(torch.equal(each, results[0]) for each in results)  # no, where there is NaN
+    return all(torch.equal(each, results[0]) for each in results)  # False if there is a NaN
 
 
 @pytest.mark.parametrize("threads", [32, 96, 1024])
@@ -83,7 +83,7 @@ def test_log_sum_exp_with_dynamic_shared_memory(call: Kernels) -> None:
     torch.testing.assert_close(results[0], x.logsumexp(1))
 
 
-def test_warp_turns_numbers_round(call: Kernels) -> None:
+def test_warp_reverses_numbers(call: Kernels) -> None:
     x = torch.randn(2, 32)
     results = in_all_schedules(call, "turn", x, torch.empty(2, 32), "none")
     assert all(torch.equal(each, x.flip(1)) for each in results)
@@ -138,7 +138,7 @@ def test_conversions_of_two_byte_numbers(call: Kernels, dtype: str) -> None:
     call("widen_all", numbers, wide, 2**16, TYPES[dtype])
     assert same_numbers(wide, numbers.float())
 
-    # Every number, half of the way to its neighbours, next to that, and anything.
+    # Every number, the midpoints between neighbours, the numbers next to these, and random numbers.
     between = wide.view(2, -1)[:, :-1] / 2 + wide.view(2, -1)[:, 1:] / 2
     up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
     points = torch.cat([wide, between.flatten(), torch.nextafter(between, up).flatten()])
@@ -160,14 +160,14 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("kernel, fault", [
     ("row_lse", "no_barrier"), ("turn", "no_warp_barrier"), ("staged_sum", "no_wait"), ("staged_sum", "weak_wait"),
 ])  # fmt: skip
-def test_something_missing_shows_in_some_schedule(call: Kernels, kernel: str, fault: str) -> None:
+def test_missing_synchronisation_shows_in_some_schedule(call: Kernels, kernel: str, fault: str) -> None:
     arguments = {"row_lse": (1, 256), "turn": (), "staged_sum": (1,)}[kernel]
     assert not all_same(in_all_schedules(call, kernel, torch.randn(256), torch.empty(64), *arguments, fault))
 
 
-def test_shared_memory_holds_nan_until_it_is_written(call: Kernels) -> None:
+def test_shared_memory_is_nan_until_it_is_written(call: Kernels) -> None:
     result = torch.zeros(3, 2, 64)
-    with ThreadPoolExecutor(2) as pool:  # static shared memory of another thread of the process is other memory
+    with ThreadPoolExecutor(2) as pool:  # threads of the process have separate static shared memory
         for _ in pool.map(lambda block: call("unwritten", result[block], 1), range(3)):
             pass
     assert result.isnan().all()
@@ -182,12 +182,12 @@ def test_shared_memory_holds_nan_until_it_is_written(call: Kernels) -> None:
     ("misaligned_matrix", 32, r"load_matrices of line \d+: 0x\w+ is not 16 aligned bytes of shared memory"),
     ("half_a_warp", 48, r"load_matrices of line \d+ in a warp of less than 32 lanes"),
 ])  # fmt: skip
-def test_misuse_is_an_error(call: Kernels, fault: str, threads: int, message: str) -> None:
+def test_misuse_raises(call: Kernels, fault: str, threads: int, message: str) -> None:
     for schedule in SCHEDULES:
         call("lfcc_emulation_schedule", schedule)
         with pytest.raises(RuntimeError, match=rf"stuck, block \([01], 0, 0\), schedule {schedule}: .*{message}"):
             call("stuck", torch.empty(64), threads, fault)
-    test_log_sum_exp_with_dynamic_shared_memory(call)  # goes on as if nothing had been
+    test_log_sum_exp_with_dynamic_shared_memory(call)  # works afterwards
 
 
 @pytest.mark.parametrize("fault, message", [
@@ -195,7 +195,7 @@ def test_misuse_is_an_error(call: Kernels, fault: str, threads: int, message: st
     ("misaligned_copy", r"copy_async_16 of line \d+: 0x\w+ is not as many aligned bytes of shared memory"),
     ("copy_from_shared", r"copy_async_16 of line \d+: 0x\w+ is not as many aligned bytes of global memory"),
 ])  # fmt: skip
-def test_misused_copy_is_an_error(call: Kernels, fault: str, message: str) -> None:
+def test_misused_copy_raises(call: Kernels, fault: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call("staged_sum", torch.randn(256), torch.empty(64), 1, fault)
 
@@ -204,18 +204,20 @@ def test_misused_copy_is_an_error(call: Kernels, fault: str, message: str) -> No
     (1025, 0, 1, "invalid configuration"), (0, 0, 1, "invalid configuration"), (32, 0, 65536, "invalid configuration"),
     (32, (227 << 10) + 1, 1, "232449 bytes of dynamic shared memory"),
 ])  # fmt: skip
-def test_launch_that_no_gpu_takes(call: Kernels, threads: int, shared_bytes: int, blocks: int, message: str) -> None:
+def test_launch_beyond_the_limits_raises(
+    call: Kernels, threads: int, shared_bytes: int, blocks: int, message: str
+) -> None:
     with pytest.raises(RuntimeError, match=message):
         call("oversized", threads, shared_bytes, blocks)
 
 
-def test_largest_shared_memory_is_known(call: Kernels) -> None:
+def test_largest_shared_memory_is_recorded(call: Kernels) -> None:
     shared_bytes = call.library.lfcc_emulation_shared_bytes
     shared_bytes.restype = ctypes.c_size_t
     for width in (200, 300, 100):
         call("row_lse", torch.randn(1, width), torch.empty(1), 1, width, "none")
     assert shared_bytes(b"row_lse") == 1200
-    assert shared_bytes(b"never launched") == 0
+    assert shared_bytes(b"row_lse") == 0  # not launched since
 
 
 UNDER_SANITIZERS = """
@@ -239,7 +241,7 @@ for schedule in range(3):
     ("past", "none", r"heap-buffer-overflow.*READ of size .*block_sum_kernel.*faults.cu"),
     ("misaligned", "none", r"misaligned address.*requires 16 byte alignment.*block_sum_kernel"),
 ])  # fmt: skip
-def test_sanitizers_see_into_kernels(kernel: str, fault: str, found: str | None) -> None:
+def test_sanitizers_check_kernels(kernel: str, fault: str, found: str | None) -> None:
     library = build.build("faults", [SOURCE], sanitize=True)
     ran = subprocess.run(
         [sys.executable, "-c", UNDER_SANITIZERS, library, kernel, str(FAULTS.index(fault))],

@@ -1,6 +1,6 @@
-"""The CUDA kernels on the CPU in changing schedules, and how much shared memory they take.
+"""The CUDA kernels on the CPU in several schedules, and their shared memory.
 
-All other tests run them in order, as one more backend (tests/conftest.py).
+All other tests run them in order, as another backend (tests/conftest.py).
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from lfcc_kernels.backends import cuda
 
 pytestmark = pytest.mark.skipif(bool(cuda.missing()) or cuda.device() != "cpu", reason="the kernels are not emulated")
 
-SCHEDULES = (1, 2, 3, 4)  # reversed, and three that are drawn anew after every barrier; 0 is in order
+SCHEDULES = (1, 2, 3, 4)  # descending, and three shuffled after every barrier; 0 is ascending
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def in_schedule(kernels: ctypes.CDLL) -> Callable[[int], None]:
 def test_same_bits_in_every_schedule(
     in_schedule: Callable[[int], None], request: pytest.FixtureRequest, case: str
 ) -> None:
-    """So that no barrier is missing: what a warp reads before another has written it is NaN or of the tile before.
+    """Detects missing barriers: values read before they are written are NaN, or from the previous tile.
 
-    By default a case runs in one other schedule, cases in turn in each of them.
+    By default a case runs in order and in one of the other schedules, in turn.
     """
     one = SCHEDULES[list(CASES).index(case) % len(SCHEDULES)]
     function, inputs = CASES[case]()
@@ -63,11 +63,13 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("source", LAUNCHES)
-def test_dynamic_shared_memory_is_what_the_file_says(kernels: ctypes.CDLL, source: str) -> None:
-    """At shapes whose tiles are not cut short by the map, of the scales that losses have."""
+def test_dynamic_shared_memory_is_that_in_the_head_of_the_file(kernels: ctypes.CDLL, source: str) -> None:
+    """At shapes with full tiles, and the usual scales."""
     stated = re.search(
         r"^// Dynamic shared memory: at most (\d+) KiB", (build.CSRC / "cuda" / source).read_text(), re.M
     )
+    for launch in LAUNCHES[source]:
+        kernels.lfcc_emulation_shared_bytes(launch.encode())  # forgets the launches of other tests
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for layout in (CONTIGUOUS, CHANNELS_LAST):
             results_of(*pyramids((1, 64, 56, 56), dtype, layout))
@@ -78,7 +80,7 @@ def test_dynamic_shared_memory_is_what_the_file_says(kernels: ctypes.CDLL, sourc
         assert 0 < used <= int(stated[1]) << 10 < 1.2 * used
 
 
-def test_scales_that_the_kernels_do_not_take(in_schedule: Callable[[int], None]) -> None:
+def test_unsupported_scales_raise(in_schedule: Callable[[int], None]) -> None:
     with pytest.raises(RuntimeError, match=r"33 scales.* up to 32, use_backend\('triton'\) or use_backend\('eager'\)"):
         lk.lowpass(randn(1, 1, 40, 40), range(1, 34))
     with pytest.raises(RuntimeError, match=r"12000 filters need more shared memory.*use_backend\('eager'\)"):

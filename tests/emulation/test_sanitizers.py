@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU under the address and undefined-behaviour sanitizers, in a shuffled schedule.
 
-The sanitizers see addresses, alignment, shifts and indices, which depend on the path and not on the values, so each
-path is taken once. They must be in a process from its start, so each process of the tests has one that runs the cases.
+The sanitizers check addresses, alignment, shifts and indices, which depend on the code path and not on the values, so
+each path runs once. They must be loaded when a process starts, so each test process starts one that runs the cases.
 """
 
 import os
@@ -18,19 +18,19 @@ from lfcc_kernels.backends import cuda
 
 pytestmark = pytest.mark.skipif(bool(cuda.missing()) or cuda.device() != "cpu", reason="the kernels are not emulated")
 
-# In the default lane; they take every kernel of the float32 paths.
+# In the default lane; they run every float32 kernel.
 SMOKE = ["filters", "filters, channels_last", "symmetric, ids, none", "torch.float32, a key over a tile"]
 
 
 class Sanitized:
-    """The process, started when it is first needed and again after a finding."""
+    """The process, started by the first case and again after a finding."""
 
     def __init__(self, report: Path) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.report = report
 
     def __call__(self, case: str) -> str:
-        """What the process answers, or the report with which it ended."""
+        """The answer of the process, or the report of a finding."""
         if self.process is None:
             build.library(sanitize=True)
             with self.report.open("w") as stderr:

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together, and the copies to shared memory that end where they are waited for.
+// Operations of the lanes of a warp, and asynchronous copies to shared memory, which complete when they are waited for.
 #pragma once
 
 #include <type_traits>
@@ -27,7 +27,7 @@ inline uint32_t vote(const Operation& operation, uint32_t mask, bool predicate, 
   return static_cast<uint32_t>(warp.results[lane]);
 }
 
-// A lane that does not take part gives NaN.
+// The value of a lane outside the mask is NaN.
 inline void exchange(Warp& warp, uint32_t mask) {
   for (int i = 0; i < 32; ++i)
     if (mask >> i & 1) warp.results[i] = mask >> warp.sources[i] & 1 ? warp.values[warp.sources[i]] : ~uint64_t(0);
@@ -49,12 +49,12 @@ T shuffle(const Operation& operation, uint32_t mask, T value, int source, int li
 
 // ---- matrices
 
-// Row r of matrix m comes with lane 8 m + r; result m of lane t is the pair 2 (t % 4) of row t / 4.
+// Lane 8 m + r has the address of row r of matrix m; result m of lane t is the pair 2 (t % 4) of row t / 4.
 inline void give_matrices(Warp& warp, uint32_t) {
   for (int lane = 0; lane < 32; ++lane)
     for (int m = 0; m < 4; ++m) warp.matrices[lane][m] = warp.rows[8 * m + lane / 4][lane % 4];
 }
-// The pair is one of column t / 4.
+// The pair is in column t / 4.
 inline void give_columns(Warp& warp, uint32_t) {
   const auto element = [&](int m, int row, int column) {
     return warp.rows[8 * m + row][column / 2] >> column % 2 * 16 & 0xffffu;
@@ -73,14 +73,14 @@ inline void load(const Operation& operation, uint32_t (&result)[4], const void* 
     fail("%s of line %d: %p is not 16 aligned bytes of shared memory", operation.name, line, row);
   Warp& warp = *machine.warp;
   const int lane = machine.lane();
-  std::memcpy(&warp.rows[lane], row, 16);  // now: that other lanes have come does not make what they wrote visible
+  std::memcpy(&warp.rows[lane], row, 16);  // now: the arrival of other lanes does not make their writes visible
   meet_all(operation, line);
   std::memcpy(result, &warp.matrices[lane], sizeof result);
 }
 
 typedef float Four __attribute__((vector_size(16), may_alias));
 
-// d = a b, four rows at a time. The hardware adds in another order, and cuts off where this rounds.
+// d = a b, four rows at a time. The hardware adds in another order, and truncates instead of rounding.
 template <int depth>
 __attribute__((no_sanitize("address", "undefined"))) void multiply(Warp& warp, uint32_t) {
   const auto* b = reinterpret_cast<const Four(*)[2]>(warp.b);
@@ -130,7 +130,7 @@ void multiply_add_pairs(
 inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line) {
   Warp& warp = *machine.warp;
   const int lane = machine.lane(), g = lane / 4, t = lane % 4;
-  const auto value = [](uint32_t bits) { return __uint_as_float(bits & ~0x1fffu); };  // the rest is not looked at
+  const auto value = [](uint32_t bits) { return __uint_as_float(bits & ~0x1fffu); };  // other bits are ignored
   for (int i = 0; i < 4; ++i) warp.a[g + i % 2 * 8][t + i / 2 * 4] = value(a[i]);
   for (int i = 0; i < 2; ++i) warp.b[t + i * 4][g] = value(b[i]);
   add_product(mma_tf32, d, line);
@@ -138,7 +138,7 @@ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
 
 // ---- asynchronous copies
 
-// The source is read now and the destination written where it is waited for; until then it holds NaN.
+// The source is read now, and the destination is written when the copy is waited for; until then it is NaN.
 inline void copy_async(void* shared, const void* global, unsigned bytes, int line) {
   if (reinterpret_cast<uintptr_t>(shared) % bytes || !in_shared(shared, bytes))
     fail("copy_async_%u of line %d: %p is not as many aligned bytes of shared memory", bytes, line, shared);

@@ -1,4 +1,4 @@
-"""The GPU tests' device, with every backend that has kernels for it."""
+"""The device of the GPU tests, with every backend that has GPU kernels."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""Steps of each op and of the loss, with inputs to suit: what the tests on a GPU run, record, time and repeat.
+"""Steps of each op and of the loss with their inputs, for the tests on a GPU.
 
-Every test takes its device from a fixture and leaves what belongs to CUDA to a few helpers, so that all else in it
-can be tried on a CPU in Triton's interpreter.
+Every test gets its device from a fixture, and few helpers use CUDA, so most code can be run on a CPU in Triton's
+interpreter.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Step = Callable[[], list[Tensor]]
 
 
 def step_of(loss: Callable[[], Tensor], learning: list[Tensor]) -> Step:
-    """Forward and backward; without anything that learns, forward alone."""
+    """Forward and backward pass; forward only if nothing requires a gradient."""
 
     def step() -> list[Tensor]:
         result = loss()
@@ -31,7 +31,7 @@ def step_of(loss: Callable[[], Tensor], learning: list[Tensor]) -> Step:
 def lowpass_step(
     device: torch.device, x: Tensor | None = None, filters: bool = False, learns: bool = True
 ) -> tuple[Step, list[Tensor]]:
-    """Low-pass of a map, and what it reads."""
+    """Low-pass of a map, and its inputs."""
     x = randn(4, 32, 14, 14, device=device) if x is None else x
     matrices = [m.detach() for m in Learnable((1, 2, 4)).to(device)(*x.shape[2:])] if filters else []
     matrices = [m + 0.1 * torch.randn_like(m) for m in matrices]
@@ -54,7 +54,7 @@ def info_nce_step(
     learns: bool = True,
     teacher_learns: bool = False,
 ) -> tuple[Step, list[Tensor]]:
-    """Contrast of rows that resemble each other a little, and what it reads; a tensor as temperature learns."""
+    """Contrast of slightly similar rows, and its inputs; a tensor as temperature is trainable."""
     common = randn(batch, width, device=device)
     student, teacher = ((common + 2 * torch.randn_like(common)).to(dtype) for _ in range(2))
     inputs = [student.requires_grad_(learns), teacher.requires_grad_(learns and teacher_learns)]
@@ -79,7 +79,7 @@ def lfcc_step(device: torch.device, batch: int, channels: int = 64, size: int = 
 
 
 def warm_up(step: Step) -> None:
-    """Load kernels and let libraries take their buffers, on another stream than the default, as PyTorch advises."""
+    """Load kernels and allocate the buffers of libraries on a side stream, as PyTorch recommends."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

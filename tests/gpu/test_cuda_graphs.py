@@ -24,7 +24,7 @@ def captured(step: Step, mode: str = "global") -> Step:
 
 
 def assert_replay_follows_its_inputs(step: Step, replay: Step, inputs: list[Tensor]) -> None:
-    """Three times with other contents, in turn with calls that are not replayed."""
+    """Three times with other contents, alternating with calls that are not replayed."""
     for n in range(3):
         expected = [x.clone() for x in step()]
         for result in (results := replay()):
@@ -50,10 +50,10 @@ def test_graph_of_lowpass(device: torch.device, filters: bool, layout: torch.mem
     assert_replay_follows_its_inputs(step, captured(step), inputs)
 
 
-def test_graph_of_a_map_size_first_met_in_it(device: torch.device) -> None:
-    """What is kept for a map's size must be neither missing in the graph nor left unwritten outside it.
+def test_graph_of_a_new_map_size(device: torch.device) -> None:
+    """Data cached per map size must be valid inside and outside the graph.
 
-    The kernels are loaded by a map that differs in size alone: CUDA forbids to load one while it records.
+    A map that differs only in size loads the kernels, because CUDA cannot load one during capture.
     """
     warm_up(lowpass_step(device, randn(4, 32, 18, 18, device=device))[0])
     step, inputs = lowpass_step(device, randn(4, 32, 22, 22, device=device))
@@ -65,7 +65,7 @@ def test_graph_of_a_map_size_first_met_in_it(device: torch.device) -> None:
     assert_replay_follows_its_inputs(step, replay, inputs)
 
 
-# Rows and widths on both sides of where the fused kernels end: float32 to 64 values a row, two bytes to 128.
+# Fused kernels have up to 64 values per row in float32 and 128 in 16 bits; these are on both sides of the limit.
 SHAPES = {
     "fused, float32": (4096, 64, torch.float32),
     "fused, bfloat16": (4096, 128, torch.bfloat16),

@@ -1,4 +1,4 @@
-"""Values and gradients at sizes where the ways through the kernels differ, which are too large for the interpreter."""
+"""Values and gradients at sizes with other code paths, which are too large for the interpreter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,15 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from op_cases import DIRECTIONS
-from oracles import (
-    accumulator,
-    assert_close_to_truth,
-    gradients,
-    in_float64,
-    rounding,
-    torch_info_nce,
-    torch_lowpass,
-)
+from oracles import accumulator, assert_close_to_truth, gradients, in_float64, rounding, torch_info_nce, torch_lowpass
 from steps import assert_same_bits, info_nce_step, lfcc_step, lowpass_step, step_of
 from torch import Tensor, randn
 
@@ -25,24 +17,24 @@ pytestmark = pytest.mark.gpu
 
 
 def check_contrast(device: torch.device, batch: int, width: int, dtype: torch.dtype, direction: str) -> None:
-    """Loss and gradients against float64, within a few times torch's own error in this type."""
+    """Loss and gradients against float64, within a few times torch's error in this dtype."""
     total = accumulator(dtype)
     step, inputs = info_nce_step(
         device, batch, width, dtype, direction, torch.tensor(0.1, dtype=total), teacher_learns=True
     )
     exact = in_float64(*inputs)
-    with device:  # the oracles make indices of their own
+    with device:  # the references create indices
         reference, truth = (
             torch_info_nce(*sides[:2], temperature=sides[2], direction=direction) for sides in (inputs, exact)
         )
     loss, *results = step()
     logit = 10.0
     precision = rounding(total, logit)
-    upstream = 0.5  # what `step_of` gives a single number
+    upstream = 0.5  # that of `step_of` for a scalar
     assert_close_to_truth(loss, reference.detach(), truth.detach(), factor=2, floor=4 * precision)
     expected = gradients(upstream * reference, inputs), gradients(upstream * truth, exact)
     for result, same, exact_gradient in zip(results, *expected, strict=True):
-        # A logit is known to its rounding, which moves a row's weights and so its gradient by as large a part.
+        # The rounding of a logit changes the weights of its row, and so the gradient, by the same fraction.
         largest = exact_gradient.abs().max().item() if result.dim() else logit / 0.1
         floor = rounding(result.dtype, exact_gradient) + precision * largest
         assert_close_to_truth(result, same, exact_gradient, factor=3, floor=floor)
@@ -73,17 +65,13 @@ def check_lowpass(device: torch.device, x: Tensor, filters: bool) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(32, 256, 56, 56), (128, 512, 7, 7), (16, 100, 28, 20)], ids=str)
 def test_lowpass_and_its_gradients(
-    device: torch.device,
-    shape: tuple[int, ...],
-    layout: torch.memory_format,
-    filters: bool,
-    dtype: torch.dtype,
+    device: torch.device, shape: tuple[int, ...], layout: torch.memory_format, filters: bool, dtype: torch.dtype
 ) -> None:
     check_lowpass(device, randn(shape, device=device).to(dtype).to(memory_format=layout), filters)
 
 
-def test_a_bad_temperature_on_the_gpu_is_nan(device: torch.device) -> None:
-    """No host reads it, so that nothing waits; the loss and its gradients say it."""
+def test_invalid_temperature_on_the_gpu_gives_nan(device: torch.device) -> None:
+    """The host does not read it, because that would synchronise."""
     for width in (64, 512):
         for bad in (0.0, -1.0, torch.inf, torch.nan):
             step, _ = info_nce_step(device, 4096, width, temperature=torch.tensor(bad))
@@ -99,7 +87,7 @@ BITS = {
         device, randn(8, 64, 56, 56, device=device, dtype=torch.bfloat16)
     ),
     "loss": lambda device: lfcc_step(device, 128),
-    "loss, pairs one after the other": lambda device: lfcc_step(device, 2048),
+    "loss, sequential pairs": lambda device: lfcc_step(device, 2048),
 }
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
     for _width in (64, 512):
@@ -114,7 +102,7 @@ def test_same_bits_twice(device: torch.device, case: str) -> None:
     step, _ = BITS[case](device)
     first = [x.clone() for x in step()]
     for _ in range(3):
-        # Between the repeats memory is handed out anew, so that what is read before it is written differs.
+        # Overwrites free memory, so that values read before they are written would differ.
         torch.full_like(first[1], torch.nan)
         assert_same_bits(step(), first)
 
@@ -144,8 +132,8 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("batch", "width"), [(4096, 64), (1024, 512)], ids=["fused", "chunks"])
-def test_tf32_is_used_only_where_it_is_allowed(device: torch.device, batch: int, width: int) -> None:
-    """It keeps 11 of 24 bits, which shows."""
+def test_tf32_is_used_only_if_allowed(device: torch.device, batch: int, width: int) -> None:
+    """It has 11 of 24 bits, so errors are larger."""
     if width == 64 and select("info_nce", device, torch.float32, batch * batch) == "cuda":
         pytest.skip("its fused tiles never use it")
     step, inputs = info_nce_step(device, batch, width)
@@ -162,7 +150,7 @@ def test_tf32_is_used_only_where_it_is_allowed(device: torch.device, batch: int,
 
 
 def test_lowpass_never_uses_tf32(device: torch.device) -> None:
-    """As torch's pooling does not; the map is read once either way, so TF32 would be no faster."""
+    """Neither does torch's pooling; the kernel is bound by reading the map, so TF32 would not be faster."""
     x = randn(4, 64, 28, 28, device=device)
     step, _ = lowpass_step(device, x, filters=True)
     with tf32(False):

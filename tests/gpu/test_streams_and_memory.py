@@ -1,4 +1,4 @@
-"""What the ops do to the machine: memory they hold, streams and devices they run on, and that the host never waits."""
+"""Memory, streams, devices and synchronisation of the ops."""
 
 import gc
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 class Peak:
-    """Bytes that a block held beyond those before it; of its results too."""
+    """Peak bytes of a block beyond those before it, including its results."""
 
     bytes = 0
 
@@ -33,8 +33,8 @@ def peak_memory() -> Iterator[Peak]:
 
 
 def working_memory(step: Step) -> int:
-    """Bytes held beyond inputs, results and gradients."""
-    step()  # libraries take their own buffers with the first call
+    """Peak bytes beyond inputs, results and gradients."""
+    step()  # libraries allocate their buffers in the first call
     with peak_memory() as peak:
         results = step()
     return peak.bytes - sum(result.nbytes for result in results)
@@ -42,7 +42,7 @@ def working_memory(step: Step) -> int:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_contrast_does_not_hold_the_matrix(device: torch.device, dtype: torch.dtype, direction: str) -> None:
+def test_contrast_does_not_store_the_matrix(device: torch.device, dtype: torch.dtype, direction: str) -> None:
     batch, width = 16384, 128
     step, _ = info_nce_step(device, batch, width, dtype, direction)
     # Packed rows, sums in float32 and their parts, or a few chunks; the similarities alone are 512 MiB at two bytes.
@@ -50,15 +50,15 @@ def test_contrast_does_not_hold_the_matrix(device: torch.device, dtype: torch.dt
 
 
 def test_memory_of_the_whole_loss_grows_with_the_batch(device: torch.device) -> None:
-    """From where a batch's products are no more held together, by twice for twice the batch."""
+    """Linearly, from the batch size on at which pairs are processed sequentially."""
     small, large = (working_memory(lfcc_step(device, batch, channels=32)[0]) for batch in (2048, 4096))
     assert small > 0 and large < 2.3 * small
-    assert large < 6 * 4096 * 4096 * 4  # one number for every similarity, of which plain torch holds several
+    assert large < 6 * 4096 * 4096 * 4  # one value per logit; plain torch stores several
 
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """An error for what makes the host wait for the GPU."""
+    """Raise if the host waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -77,12 +77,12 @@ WAITLESS = {
     "float64": lambda device: info_nce_step(device, 256, 64, torch.float64),
     "temperature on the GPU": lambda device: info_nce_step(device, 1024, 512, temperature=torch.tensor(0.1)),
     "loss": lambda device: lfcc_step(device, 64),
-    "loss, pairs one after the other": lambda device: lfcc_step(device, 2048, channels=16),
+    "loss, sequential pairs": lambda device: lfcc_step(device, 2048, channels=16),
 }
 
 
 @pytest.mark.parametrize("case", WAITLESS)
-def test_the_host_waits_for_nothing(device: torch.device, case: str) -> None:
+def test_the_host_does_not_wait(device: torch.device, case: str) -> None:
     step, _ = WAITLESS[case](device)
     step()
     with no_synchronisation():
@@ -90,12 +90,12 @@ def test_the_host_waits_for_nothing(device: torch.device, case: str) -> None:
 
 
 def delay() -> None:
-    """Keeps the current stream busy for a while, so that what does not wait for it is early."""
+    """Delays the current stream, so that work that does not wait for it runs too early."""
     torch.cuda._sleep(100_000_000)
 
 
 def test_second_stream(device: torch.device) -> None:
-    """Both streams meet a map's size at once; neither may read what the other is still to write."""
+    """Both streams use a new map size; neither may read data that the other has not written yet."""
     x = randn(4, 32, 26, 26, device=device)
     steps = [lowpass_step(device, x)[0], info_nce_step(device, 4096, 64)[0], info_nce_step(device, 1024, 512)[0]]
     warm_up(lowpass_step(device, randn(4, 32, 30, 30, device=device))[0])

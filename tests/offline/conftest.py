@@ -12,7 +12,7 @@ CUDA_TABLE = pytest.StashKey[list[str]]()
 
 @pytest.fixture(scope="module")
 def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    """All launches, failed ones included. Another process: here kernels may be decorated for the interpreter."""
+    """All launches, including failed ones, from another process: here kernels may be decorated for the interpreter."""
     result = tmp_path_factory.mktemp("offline") / "kernels.json"
     script = Path(__file__).with_name("harness.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -31,12 +31,12 @@ def kernels(launches: list[Kernel]) -> list[Kernel]:
 
 @pytest.fixture(scope="session")
 def cuda_table(request: pytest.FixtureRequest) -> list[str]:
-    """Takes the lines that the summary shows of CUDA kernels."""
+    """The lines about CUDA kernels in the summary."""
     return request.config.stash.setdefault(CUDA_TABLE, [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """What the compiled kernels need, whether or not a test failed."""
+    """The resources of the compiled kernels, whether or not a test failed."""
     if table := config.stash.get(TABLE, ""):
         terminalreporter.section("Triton kernels, compiled without a GPU")
         terminalreporter.write(table)

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for the three architectures, and needs what the comment at the head of its file says."""
+"""Every CUDA kernel compiles for three architectures, with the resources stated in the head of its file."""
 
 import os
 import re
@@ -20,12 +20,9 @@ MATRICES = r"\bldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16\b"
 TRANSPOSED = r"\bldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16\b"
 MMA = r"\bmma\.sync\.aligned\.{}\.row\.col\.f32\.{}\.f32\b"
 
-# Of each file: what every kernel whose signature begins like this must have.
+# Per file: instructions that every kernel must have whose signature begins like this.
 CLAIMS: dict[str, list[tuple[str, list[str]]]] = {
-    "info_nce_chunk_gradient.cu": [
-        ("gradient_kernel<.*true>", [LOAD]),
-        ("gradient_kernel<float.*true>", [STORE]),
-    ],
+    "info_nce_chunk_gradient.cu": [("gradient_kernel<.*true>", [LOAD]), ("gradient_kernel<float.*true>", [STORE])],
     "info_nce_chunks.cu": [("softmax_kernel<.*true>", [LOAD]), ("softmax_kernel<float.*true>", [STORE])],
     "info_nce_fused.cu": [
         ("one_pass_kernel<", [COPY, MATRICES]),
@@ -52,7 +49,7 @@ def source(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[dict[Path, Future]]:
-    """All files at once, one a core."""
+    """All files at once, one per core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {source: pool.submit(compile_kernels, source, CUDA) for source in SOURCES}
         pool.shutdown(cancel_futures=True)
@@ -60,7 +57,7 @@ def compiled() -> Iterator[dict[Path, Future]]:
 
 @pytest.fixture(scope="module")
 def kernels(source: Path, compiled: dict[Path, Future], cuda_table: list[str]) -> list[CudaKernel]:
-    """Of one file on all architectures."""
+    """The kernels of one file on all architectures."""
     try:
         kernels = compiled[source].result()
     except RuntimeError as error:
@@ -70,7 +67,7 @@ def kernels(source: Path, compiled: dict[Path, Future], cuda_table: list[str]) -
 
 
 def rows(source: Path, kernels: list[CudaKernel]) -> list[str]:
-    """Lines of a table: of each kernel the registers of its instantiations by architecture, and shared memory."""
+    """Lines of a table: per kernel the registers of its instantiations by architecture, and shared memory."""
     lines = []
     for name, (_, shared) in measured(kernels).items():
         own = [kernel for kernel in kernels if kernel.name == name]
@@ -81,12 +78,12 @@ def rows(source: Path, kernels: list[CudaKernel]) -> list[str]:
 
 
 def assert_none(wrong: list[str]) -> None:
-    """All that is wrong at once, a line each: pytest would cut a long list short."""
+    """Fail with one line per entry; pytest would truncate a long list."""
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
 
 
-def test_nothing_spills_or_lives_in_local_memory(kernels: list[CudaKernel]) -> None:
+def test_no_spills_and_no_local_memory(kernels: list[CudaKernel]) -> None:
     assert {kernel.arch for kernel in kernels} == ARCHITECTURES
     assert_none(
         [
@@ -118,7 +115,7 @@ def test_resources_are_those_in_the_head_of_the_file(source: Path, kernels: list
         pytest.fail(f"of {', '.join(sorted(wrong))}; measured:\n" + "\n".join(lines), pytrace=False)
 
 
-def test_instructions_are_those_that_were_meant(source: Path, kernels: list[CudaKernel]) -> None:
+def test_instructions_are_as_claimed(source: Path, kernels: list[CudaKernel]) -> None:
     wrong = []
     for beginning, patterns in CLAIMS[source.name]:
         claimed = [kernel for kernel in kernels if re.match(beginning, kernel.signature)]

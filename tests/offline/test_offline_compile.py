@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for the three architectures, and needs no more of them than they have."""
+"""Every Triton kernel compiles for three architectures, within their limits."""
 
 import importlib.util
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ pytestmark = [
 
 
 def assert_none(wrong: Iterable[tuple[Kernel, str]]) -> None:
-    """All that is wrong at once, a line each: pytest would cut a long list short."""
+    """Fail with one line per entry; pytest would truncate a long list."""
     lines = [f"{kernel.name}, {kernel.case}, sm_{kernel.arch}: {what}" for kernel, what in wrong]
     if lines:
         pytest.fail("\n".join(lines), pytrace=False)
@@ -30,7 +30,7 @@ def test_every_launch_compiles(launches: list[Kernel]) -> None:
     assert_none((k, k.error) for k in launches if k.error)
 
 
-def test_nothing_spills_or_lives_in_local_memory(kernels: list[Kernel]) -> None:
+def test_no_spills_and_no_local_memory(kernels: list[Kernel]) -> None:
     assert_none((k, f"{k.spills} B spilled, {k.stack} B of stack") for k in kernels if k.spills or k.stack)
 
 
@@ -44,11 +44,11 @@ def test_grids_are_within_limits(kernels: list[Kernel]) -> None:
 
 
 def test_products_are_on_tensor_cores(kernels: list[Kernel]) -> None:
-    """All but IEEE float32, which tensor cores do not have, and float64, which Triton 3.6 does without on sm_100."""
+    """Except IEEE float32, which tensor cores do not support, and float64 on sm_100 with Triton 3.6."""
     assert_none((k, str(k.dots)) for k in kernels if set(k.dots) - {"f32 ieee", "f64"} and not k.mma)
 
 
-def test_two_byte_products_use_warp_groups_on_sm_90(kernels: list[Kernel]) -> None:
+def test_16_bit_products_use_warp_groups_on_sm_90(kernels: list[Kernel]) -> None:
     from cases import WGMMA
 
     on_sm_90 = [k for k in kernels if k.arch == 90 and k.two_byte_dots]

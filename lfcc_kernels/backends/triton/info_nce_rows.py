@@ -240,8 +240,12 @@ def pack(
         *student.stride(), *teacher.stride(), NORMALIZE=normalize, BY_VALUE=isinstance(given, float),
         ACC_DTYPE=runtime.to_tl_dtype(acc_dtype), **block,
     )  # fmt: skip
-    ids = (None if ids is None else ids.contiguous() for ids in (student_ids, teacher_ids))
-    return Pair(packed[:batch], packed[batch:], width, fused, *stats, inverse_temperature, *ids, positive_offset)
+    factors, inverse_norms, projections = stats
+    ids_s, ids_t = (None if ids is None else ids.contiguous() for ids in (student_ids, teacher_ids))
+    return Pair(
+        packed[:batch], packed[batch:], width, fused, factors, inverse_norms, projections, inverse_temperature,
+        ids_s, ids_t, positive_offset,
+    )  # fmt: skip
 
 
 def epilogue(pair: Pair, acc: Tensor, of_teacher: bool, grad_absmax: Tensor | None, result: Tensor) -> None:

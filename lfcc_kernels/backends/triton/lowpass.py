@@ -27,11 +27,12 @@ class _Map:
     @classmethod
     def of(cls, x: Tensor, grid: list[int], prefix_tokens: int) -> "_Map":
         if x.dim() == 4:
-            return cls(x, *x.shape, x.stride())
+            batch, channels, height, width = x.shape
+            return cls(x, batch, channels, height, width, x.stride())
         batch, _tokens, channels = x.shape
         stride_b, stride_token, stride_c = x.stride()
         strides = stride_b, stride_c, grid[1] * stride_token, stride_token
-        return cls(x[:, prefix_tokens:], batch, channels, *grid, strides)
+        return cls(x[:, prefix_tokens:], batch, channels, grid[0], grid[1], strides)
 
     @property
     def size(self) -> int:
@@ -137,8 +138,8 @@ def lowpass_input_grad(
     col_filters: Tensor | None, grid: list[int], prefix_tokens: int,
 ) -> Tensor:  # fmt: skip
     """dX of the given size, contiguous or channels_last."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    grad_x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    grad_x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
     target, grad = _Map.of(grad_x, grid, prefix_tokens), grad.contiguous()
     if prefix_tokens:
         grad_x[:, :prefix_tokens] = 0

@@ -14,7 +14,7 @@ from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.record import Request
 from lfcc_kernels.ops.dispatch import select
 
-__all__ = ["SUITES", "Candidate", "Case", "Step", "WithConversion", "choose", "served_by", "variants"]
+__all__ = ["SUITES", "Candidate", "Case", "Step", "WithConversion", "backend_of", "choose", "variants"]
 
 # In the order of measurement: the longest suites come last, for runs with a time limit. A suite is a function of the
 # machine, whose size selects full or tiny shapes, and of a dtype that replaces the one of each case.
@@ -46,8 +46,8 @@ def choose(request: Request, machine: Machine) -> list[Case]:
     ]
 
 
-def served_by(case: Case, request: Request, machine: Machine) -> str:
-    """The backend of a case's "ours"; "auto" if there may be several."""
+def backend_of(case: Case, request: Request, machine: Machine) -> str:
+    """The backend of lfcc in a case; "auto" if there may be several."""
     if request.backend or not case.op:
         return request.backend or "auto"
     return select(case.op, machine.device, case.dtype, case.size)
@@ -55,18 +55,18 @@ def served_by(case: Case, request: Request, machine: Machine) -> str:
 
 def _candidates(case: Case, request: Request, machine: Machine) -> dict[str, Candidate]:
     """lfcc, also on every other backend if the request names none, and the requested peers."""
-    lfcc = case.candidates["ours"]
+    lfcc = case.candidates["lfcc"]
     candidates = {
         name: call
         for name, call in case.candidates.items()
-        if name in ("ours", "eager") or not request.peers or any(peer in name for peer in request.peers)
+        if name in ("lfcc", "eager") or not request.peers or any(peer in name for peer in request.peers)
     }
     if request.backend:
-        return candidates | {"ours": partial(_on_backend, request.backend, lfcc)}
+        return candidates | {"lfcc": partial(_on_backend, request.backend, lfcc)}
     kernels = ("triton", "cuda") if machine.gpu else ("cpu",)
     backends = [name for name in (*kernels, "eager") if name in lk.available_backends()]
-    backends.remove(served_by(case, request, machine) if case.op else backends[0])  # the one that serves "ours"
-    return candidates | {f"ours, {name}": partial(_on_backend, name, lfcc) for name in backends}
+    backends.remove(backend_of(case, request, machine) if case.op else backends[0])  # the one of "lfcc"
+    return candidates | {f"lfcc, {name}": partial(_on_backend, name, lfcc) for name in backends}
 
 
 def _on_backend(backend: str, call: Candidate, *inputs: Tensor) -> Tensor:

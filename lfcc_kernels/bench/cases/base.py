@@ -1,8 +1,8 @@
 """The `Case` dataclass and what the suites share. Each suite lists its cases for a CPU and for a GPU.
 
-A candidate is a function of the case's inputs. Every case has "ours", which is lfcc, and "eager", which in float64 is
-the reference; "ours, NAME" is lfcc on another backend than the one that `auto` selects. The floor of a case is the sum
-over its steps of max(bytes / copy bandwidth, FLOPs / GEMM rate) for the least work of each step: every input and result
+A candidate is a function of the case's inputs. Every case has "lfcc" and "eager", which in float64 is the reference;
+"lfcc, NAME" is lfcc on another backend than the one that `auto` selects. The floor of a case is the sum over its steps
+of max(bytes / copy bandwidth, FLOPs / GEMM rate) for the least work of each step: every input and result
 moved once, and every product computed once that an algorithm without a B x B matrix needs.
 """
 
@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.machine import Machine
+from lfcc_kernels.bench.peers import contrast
 
 Candidate = Callable[..., Tensor]
 
@@ -102,7 +102,7 @@ def upcast_on_cpu(machine: Machine, candidates: dict[str, Candidate], dtype: tor
     """The candidates, which compute products; a CPU converts 16-bit inputs to float32 for them."""
     if machine.gpu or dtype.itemsize != 2:
         return candidates
-    return {name: WithConversion(call, peers.upcast, "float32") for name, call in candidates.items()}
+    return {name: WithConversion(call, contrast.upcast, "float32") for name, call in candidates.items()}
 
 
 def native_bfloat16(machine: Machine, candidates: dict[str, Candidate], dtype: torch.dtype) -> dict[str, Candidate]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import (
     MODES,
     TEMPERATURE,
@@ -26,7 +25,7 @@ from lfcc_kernels.bench.cases.base import (
     upcast_on_cpu,
 )
 from lfcc_kernels.bench.machine import Machine
-from lfcc_kernels.bench.peers import libraries
+from lfcc_kernels.bench.peers import contrast, libraries
 
 GPU_SHAPES = (  # those with targets come first
     *((8192, 512), (8192, 1024), (8192, 2048), (16384, 512), (32768, 512)),
@@ -77,11 +76,11 @@ def _for_gpu(machine: Machine, float32: torch.dtype, bfloat16: torch.dtype, floa
 
 def _one_way(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype, compile: bool = False, **options) -> Case:
     learn = mode != "fwd"
-    eager: dict[str, Candidate] = {"eager": _bind(peers.contrast_dense)}
+    eager: dict[str, Candidate] = {"eager": _bind(contrast.dense)}
     others: dict[str, Candidate] = {
-        "row blocks": _bind(peers.contrast_row_blocks),
-        "linear_cross_entropy": _bind(peers.contrast_linear_cross_entropy),
-        "SDPA as gradient": bfloat16_on_gpu(machine, _bind(peers.contrast_attention), dtype),
+        "row blocks": _bind(contrast.row_blocks),
+        "linear_cross_entropy": _bind(contrast.linear_cross_entropy),
+        "SDPA as gradient": bfloat16_on_gpu(machine, _bind(contrast.attention), dtype),
         "memeff": _bind(libraries.memeff),
         "inf-cl": _bind(libraries.inf_cl),
         "liger-kernel": _bind(libraries.liger),
@@ -114,7 +113,7 @@ def _symmetric(machine: Machine, shape: Shape, dtype: torch.dtype) -> Case:
         "fwd+bwd",
         dtype,
         partial(_bind(lk.info_nce), direction="symmetric"),
-        {"eager": _bind(peers.contrast_dense_symmetric)},
+        {"eager": _bind(contrast.dense_symmetric)},
         {
             "open_clip": _bind(libraries.open_clip),
             "memeff": _bind(libraries.memeff_symmetric),
@@ -143,7 +142,7 @@ def _nt_xent(machine: Machine, shape: Shape, dtype: torch.dtype) -> Case:
         "fwd+bwd",
         dtype,
         info_nce,
-        {"eager": _bind(peers.contrast_dense_nt_xent)},
+        {"eager": _bind(contrast.dense_nt_xent)},
         {
             "lightly": _bind(libraries.lightly_nt_xent),
             "pytorch-metric-learning": _bind(libraries.pytorch_metric_learning_nt_xent),
@@ -179,7 +178,7 @@ def _case(
         return student, teacher.requires_grad_(views == 2)
 
     candidates = {
-        "ours": info_nce,
+        "lfcc": info_nce,
         **upcast_on_cpu(machine, eager, dtype),
         **native_bfloat16(machine, eager, dtype),
         **upcast_on_cpu(machine, others, dtype),

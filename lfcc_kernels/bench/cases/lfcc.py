@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers
-from lfcc_kernels.bench.cases.base import CELLS, SCALES, TEMPERATURE, Case, Step, compiled, features
+from lfcc_kernels.bench.cases.base import CELLS, SCALES, TEMPERATURE, Candidate, Case, Step, compiled, features
 from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.ofa import MODELS, PAIRS, Model
+from lfcc_kernels.bench.peers import pooling, whole_loss
 
 QUICK = ("deit_t", "convnext_t")
 
@@ -65,9 +65,10 @@ def _resnet_from_swin(
 
 
 def _pair(machine: Machine, student: str, teacher: str, batch: int, dtype: torch.dtype) -> Case:
-    models = [MODELS[name].narrow(8) if machine.tiny else MODELS[name] for name in (student, teacher)]
+    models = {name: MODELS[name].narrow(8) if machine.tiny else MODELS[name] for name in (student, teacher)}
     label, quick = f"{student}-from-{teacher}", (student, teacher) == QUICK
-    return _case(machine, label, batch, "fwd+bwd", *models, dtype, "learnable", quick=quick, heaps=False)
+    pair = models[student], models[teacher]
+    return _case(machine, label, batch, "fwd+bwd", *pair, dtype, "learnable", quick=quick, heaps=False)
 
 
 def _case(
@@ -101,7 +102,7 @@ def _case(
         return module()(features[:stages], features[stages:])
 
     def eager(loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
-        weights = [projection.weight for projection in module().student_projections]
+        weights = list(module().student_projections.parameters())
         pyramids = zip(module().student_filters, student.grids, strict=True)
         filters = [[pyramid.bank(grid, grid) for pyramid, grid in pyramids]] if learnable else []
         maps = as_maps(student, features[:stages]), as_maps(teacher, features[stages:])
@@ -111,10 +112,11 @@ def _case(
         students = stage_features(machine, student, batch, mode != "fwd", dtype)
         return *students, *stage_features(machine, teacher, batch, False, dtype)
 
+    losses: dict[str, Candidate]
     if learnable:
-        losses = {"eager": peers.lfcc_filter_each_scale}
+        losses = {"eager": whole_loss.filter_each_scale}
     else:
-        losses = {"eager": peers.lfcc_project_maps, "eager, pooled first": peers.lfcc_pool_each_scale}
+        losses = {"eager": whole_loss.project_maps, "eager, pooled first": whole_loss.pool_each_scale}
     losses |= compiled(machine, losses) if compile else {}
     steps, formula = _cost(batch, mode, student, teacher, learnable, dtype.itemsize)
     return Case(
@@ -123,7 +125,7 @@ def _case(
         (batch, stages, len(SCALES)),
         mode,
         inputs,
-        {"ours": lfcc} | {name: partial(eager, loss) for name, loss in losses.items()},
+        {"lfcc": lfcc} | {name: partial(eager, loss) for name, loss in losses.items()},
         steps,
         formula,
         dtype=dtype,
@@ -154,7 +156,7 @@ def as_maps(model: Model, features: Sequence[Tensor]) -> list[Tensor]:
     if features[0].dim() == 4:
         return list(features)
     return [
-        peers.as_map(tokens, (grid, grid), model.prefix_tokens)
+        pooling.as_map(tokens, (grid, grid), model.prefix_tokens)
         for tokens, grid in zip(features, model.grids, strict=True)
     ]
 

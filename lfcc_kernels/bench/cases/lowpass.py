@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import (
     CELLS,
     MODES,
@@ -26,7 +25,7 @@ from lfcc_kernels.bench.cases.base import (
     upcast_on_cpu,
 )
 from lfcc_kernels.bench.machine import Machine
-from lfcc_kernels.bench.peers import libraries
+from lfcc_kernels.bench.peers import contrast, libraries, pooling
 
 LARGE = (32, 256, 56, 56)
 LARGE_GPU = (256, 256, 56, 56)
@@ -80,18 +79,18 @@ def _map(
 ) -> Case:
     shape = _narrow(shape) if machine.tiny else shape
     memory_format = torch.contiguous_format if layout == "nchw" else torch.channels_last
-    one_gemm = peers.pool_one_gemm if layout == "nchw" else peers.pool_one_gemm_channels_last
-    eager: dict[str, Candidate] = {"eager": partial(peers.pool_each_scale, scales=SCALES)}
+    one_gemm = pooling.one_gemm if layout == "nchw" else pooling.one_gemm_channels_last
+    eager: dict[str, Candidate] = {"eager": partial(pooling.pool_each_scale, scales=SCALES)}
     product: dict[str, Candidate] = {"one-GEMM": partial(one_gemm, matrix=_matrix(machine, shape[2:], dtype))}
     if compile:
         eager |= compiled(machine, eager)
         product |= compiled(machine, product)
-    others: dict[str, Candidate] = {"cascade": partial(peers.pool_cascade, scales=SCALES)}
+    others: dict[str, Candidate] = {"cascade": partial(pooling.cascade, scales=SCALES)}
     if blur_pools:
         others["kornia"] = partial(libraries.kornia, scales=SCALES)
         others["antialiased-cnns"] = partial(libraries.antialiased_cnns, scales=SCALES)
     lowpass: Candidate = partial(lk.lowpass, scales=SCALES)
-    candidates = {"ours": lowpass} | eager | _products(machine, product, dtype) | others
+    candidates = {"lfcc": lowpass} | eager | _products(machine, product, dtype) | others
 
     def inputs() -> tuple[Tensor, ...]:
         return (features(machine, shape, mode != "fwd", dtype, memory_format),)
@@ -114,15 +113,15 @@ def _tokens(
         return lk.lowpass(x, SCALES, grid=grid, prefix_tokens=prefix_tokens)
 
     def eager(x: Tensor) -> Tensor:
-        return peers.pool_each_scale(peers.as_map(x, grid, prefix_tokens), SCALES)
+        return pooling.pool_each_scale(pooling.as_map(x, grid, prefix_tokens), SCALES)
 
     def one_gemm(x: Tensor) -> Tensor:
-        return peers.pool_one_gemm_channels_last(peers.as_map(x, grid, prefix_tokens), matrix)
+        return pooling.one_gemm_channels_last(pooling.as_map(x, grid, prefix_tokens), matrix)
 
     def inputs() -> tuple[Tensor, ...]:
         return (features(machine, shape, mode != "fwd", dtype),)
 
-    candidates = {"ours": lowpass, "eager": eager} | _products(machine, {"one-GEMM": one_gemm}, dtype)
+    candidates = {"lfcc": lowpass, "eager": eager} | _products(machine, {"one-GEMM": one_gemm}, dtype)
     cost = _cost((shape[0], shape[2], *grid), mode, dtype.itemsize)
     return _case("tokens", shape, mode, dtype, inputs, candidates, cost)
 
@@ -142,10 +141,10 @@ def _learnable(machine: Machine, shape: Shape, mode: str, dtype: torch.dtype) ->
         return lk.lowpass(x, SCALES, row_filters=row_filters, col_filters=col_filters)
 
     def one_gemm(x: Tensor, row_filters: Tensor, col_filters: Tensor) -> Tensor:
-        return peers.pool_one_gemm(x, peers.stacked_filters(row_filters, col_filters, SCALES))
+        return pooling.one_gemm(x, pooling.stacked_filters(row_filters, col_filters, SCALES))
 
-    products = {"eager": partial(peers.filter_each_scale, scales=SCALES), "one-GEMM": one_gemm}
-    candidates = {"ours": lowpass} | _products(machine, products, dtype)
+    products: dict[str, Candidate] = {"eager": partial(pooling.filter_each_scale, scales=SCALES), "one-GEMM": one_gemm}
+    candidates = {"lfcc": lowpass} | _products(machine, products, dtype)
     cost = _cost(shape, mode, dtype.itemsize, backward_reads=True)
     return _case("learnable", shape, mode, dtype, inputs, candidates, cost)
 
@@ -170,7 +169,9 @@ def _products(machine: Machine, candidates: dict[str, Candidate], dtype: torch.d
 
 def _matrix(machine: Machine, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The stacked averages for maps of `dtype`, on the device and in the dtype of the product."""
-    return peers.stacked_averages(grid, SCALES).to(peers.upcast(torch.empty(0, dtype=dtype, device=machine.device)))
+    return pooling.stacked_averages(grid, SCALES).to(
+        contrast.upcast(torch.empty(0, dtype=dtype, device=machine.device))
+    )
 
 
 def _narrow(shape: Shape) -> Shape:

@@ -2,14 +2,15 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers
-from lfcc_kernels.bench.cases.base import MODES, SCALES, TEMPERATURE, Case, features, rows, upcast_on_cpu
+from lfcc_kernels.bench.cases.base import MODES, SCALES, TEMPERATURE, Candidate, Case, features, rows, upcast_on_cpu
 from lfcc_kernels.bench.machine import Machine
+from lfcc_kernels.bench.peers import contrast, pooling
 
 
 def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
@@ -17,11 +18,14 @@ def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
 
 
 def _both_ops(machine: Machine, mode: str, dtype: torch.dtype) -> tuple[Case, Case]:
-    common = {"dtype": dtype, "calls": 20 if machine.tiny else 200, "quick": mode == "fwd"}
+    common: dict[str, Any] = {"dtype": dtype, "calls": 20 if machine.tiny else 200, "quick": mode == "fwd"}
     map_shape, rows_shape = (2, 8, 8, 8), (2, 8)
-    lowpass = {"ours": partial(lk.lowpass, scales=SCALES), "eager": partial(peers.pool_each_scale, scales=SCALES)}
-    eager = upcast_on_cpu(machine, {"eager": partial(peers.contrast_dense, temperature=TEMPERATURE)}, dtype)
-    info_nce = {"ours": partial(lk.info_nce, temperature=TEMPERATURE), **eager}
+    lowpass: dict[str, Candidate] = {
+        "lfcc": partial(lk.lowpass, scales=SCALES),
+        "eager": partial(pooling.pool_each_scale, scales=SCALES),
+    }
+    eager = upcast_on_cpu(machine, {"eager": partial(contrast.dense, temperature=TEMPERATURE)}, dtype)
+    info_nce: dict[str, Candidate] = {"lfcc": partial(lk.info_nce, temperature=TEMPERATURE), **eager}
 
     def one_map() -> tuple[Tensor]:
         return (features(machine, map_shape, mode != "fwd", dtype),)

@@ -10,15 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import lfcc_kernels as lk
-from lfcc_kernels.bench import peers, ranks
+from lfcc_kernels.bench import ranks
 from lfcc_kernels.bench.cases import lfcc
 from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case, Step, features, rows
 from lfcc_kernels.bench.machine import Machine
+from lfcc_kernels.bench.peers import contrast, pooling
 
 MANY_SCALES = (1, 2, 4, 7, 14)
 
@@ -26,12 +28,12 @@ MANY_SCALES = (1, 2, 4, 7, 14)
 def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
     if machine.gpu:
         dtype = dtype or torch.bfloat16
-        batches, whole_batches, dims = (256, 1024, 4096, 16384, 65536), (512, 2048, 8192), (128, 512, 2048, 4096)
-        fixed_batch, sides, maps, rows_per_rank = 8192, (7, 14, 28, 56, 112), 256, 8192
+        batches, whole_batches, dims = [256, 1024, 4096, 16384, 65536], [512, 2048, 8192], [128, 512, 2048, 4096]
+        fixed_batch, sides, maps, rows_per_rank = 8192, [7, 14, 28, 56, 112], 256, 8192
     else:
         dtype = dtype or torch.float32
-        batches, whole_batches, dims = (64, 256, 1024, 4096), (128, 512, 2048), (128, 512, 2048, 4096)
-        fixed_batch, sides, maps, rows_per_rank = 512, (7, 14, 28, 56), 32, 512
+        batches, whole_batches, dims = [64, 256, 1024, 4096], [128, 512, 2048], [128, 512, 2048, 4096]
+        fixed_batch, sides, maps, rows_per_rank = 512, [7, 14, 28, 56], 32, 512
     lowpass = partial(_lowpass, machine, dtype)
     return [
         *(_contrast(machine, dtype, "over-B", (b, 512), axis="B", x=b) for b in batches),
@@ -48,12 +50,12 @@ def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
 
 def _contrast(machine: Machine, dtype: torch.dtype, label: str, shape: tuple[int, int], **options) -> Case:
     shape = _narrow(machine, shape)
-    calls = {
-        "ours": lk.info_nce,
-        "eager": peers.contrast_dense,
-        "linear_cross_entropy": peers.contrast_linear_cross_entropy,
+    calls: dict[str, Candidate] = {
+        "lfcc": lk.info_nce,
+        "eager": contrast.dense,
+        "linear_cross_entropy": contrast.linear_cross_entropy,
     }
-    candidates = {name: partial(call, temperature=TEMPERATURE) for name, call in calls.items()}
+    candidates: dict[str, Candidate] = {name: partial(call, temperature=TEMPERATURE) for name, call in calls.items()}
     moved, pairs = 3 * math.prod(shape) * dtype.itemsize, shape[0] ** 2
     steps, formula = (Step(moved, 4 * pairs * shape[1]),), "4 B^2 D FLOPs"
     options |= {"dtype": dtype, "op": "info_nce", "size": pairs, "memory": True, "heaps": False}
@@ -75,16 +77,16 @@ def _lowpass(
 
     @cache
     def matrix(like: torch.dtype) -> Tensor:
-        return peers.stacked_averages(whole[2:], scales).to(machine.device, like)
+        return pooling.stacked_averages(whole[2:], scales).to(machine.device, like)
 
     def one_gemm(x: Tensor) -> Tensor:
-        return peers.pool_one_gemm(x, matrix(peers.upcast(x[:0]).dtype))
+        return pooling.one_gemm(x, matrix(contrast.upcast(x[:0]).dtype))
 
     def inputs() -> tuple[Tensor]:
         return (features(machine, whole, True, dtype),)
 
-    lowpass, eager = partial(lk.lowpass, scales=scales), partial(peers.pool_each_scale, scales=scales)
-    candidates = {"ours": lowpass, "eager": eager, "one-GEMM": one_gemm}
+    lowpass, eager = partial(lk.lowpass, scales=scales), partial(pooling.pool_each_scale, scales=scales)
+    candidates: dict[str, Candidate] = {"lfcc": lowpass, "eager": eager, "one-GEMM": one_gemm}
     moved = 2 * (math.prod(whole) + math.prod(whole[:2]) * cells) * dtype.itemsize
     steps, formula = (Step(moved),), "2 X + 2 Y bytes"
     options |= {"dtype": dtype, "op": "lowpass", "size": math.prod(whole), "memory": True, "heaps": False}
@@ -107,11 +109,13 @@ def _across_ranks(machine: Machine, dtype: torch.dtype, number: int, shape: tupl
     shape = _narrow(machine, shape)
     make_rows = partial(rows, machine, shape, True, dtype)
     world = ranks.World(machine.device, number, make_rows)
-    losses = {"ours": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
+    losses = {"lfcc": ranks.lfcc, "eager": ranks.eager, "linear_cross_entropy": ranks.linear_cross_entropy}
     candidates = {name: world.candidate(partial(loss, temperature=TEMPERATURE)) for name, loss in losses.items()}
-    options = {"dtype": dtype, "axis": "ranks", "x": number, "memory": True, "heaps": False, "close": world.close}
-    label, shape = "info_nce-over-ranks", (number, *shape)
-    return _AcrossRanks("scaling", label, shape, "fwd+bwd", make_rows, candidates, world=world, **options)
+    options: dict[str, Any] = {"dtype": dtype, "axis": "ranks", "x": number, "memory": True, "heaps": False}
+    label, all_rows = "info_nce-over-ranks", (number, *shape)
+    return _AcrossRanks(
+        "scaling", label, all_rows, "fwd+bwd", make_rows, candidates, world=world, close=world.close, **options
+    )
 
 
 def _narrow(machine: Machine, shape: tuple[int, int]) -> tuple[int, int]:

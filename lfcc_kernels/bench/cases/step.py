@@ -9,15 +9,18 @@ batch normalisation in training mode. On a GPU autocast computes products in bfl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lfcc_kernels.bench import peers
 from lfcc_kernels.bench.cases.base import SCALES, TEMPERATURE, Candidate, Case
 from lfcc_kernels.bench.machine import Machine
 from lfcc_kernels.bench.ofa import MODELS
+from lfcc_kernels.bench.peers import whole_loss
+
+if TYPE_CHECKING:  # listing cases must not import it, because it needs timm
+    from lfcc_kernels.distill import Distiller
 
 CLASSES = 1000
 PAIRS = (("resnet18", "swin_t"), ("deit_t", "convnext_t"), ("resmlp_12", "vit_s"))
@@ -34,7 +37,7 @@ def cases(machine: Machine, dtype: torch.dtype | None) -> list[Case]:
 class Learner(NamedTuple):
     """Student, teacher and loss in one module, and the optimizer of its trainable parameters."""
 
-    distiller: torch.nn.Module  # a Distiller; listing cases must not import `lfcc_kernels.distill`, which needs timm
+    distiller: "Distiller"
     optimizer: torch.optim.Optimizer
 
 
@@ -95,8 +98,8 @@ def _step(
             loss, student_maps, teacher_maps = _forward(distiller, images, labels)
             pyramids = zip(module.student_filters, student_maps, strict=True)
             filters = [pyramid.bank(*student_map.shape[2:]) for pyramid, student_map in pyramids]
-            weights = [projection.weight for projection in module.student_projections]
-            return loss + peers.lfcc_filter_each_scale(
+            weights = list(module.student_projections.parameters())
+            return loss + whole_loss.filter_each_scale(
                 student_maps, teacher_maps, weights, filters, scales, TEMPERATURE
             )
 
@@ -114,7 +117,7 @@ def _step(
         (batch, 3, side, side),
         "fwd+bwd",
         inputs,
-        {"ours": lfcc, "eager": eager},
+        {"lfcc": lfcc, "eager": eager},
         dtype=dtype,
         learner=learner,
         quick=quick,
@@ -126,7 +129,7 @@ def _step(
     )
 
 
-def _forward(distiller: torch.nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _forward(distiller: "Distiller", images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Cross-entropy, and the feature maps of student and teacher."""
     with torch.no_grad():
         _, teacher_maps = distiller.teacher(images)

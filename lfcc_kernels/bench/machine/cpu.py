@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from types import MappingProxyType
 import torch
 
 from lfcc_kernels.backends import native
-from lfcc_kernels.bench.machine.base import Call, Machine, slug
+from lfcc_kernels.bench.machine.base import Call, Machine, host_clock, slug
 from lfcc_kernels.bench.record import Request
 
 # glibc returns the memory of every large tensor to the kernel, so each new tensor costs page faults again. These
@@ -71,14 +70,9 @@ class Cpu(Machine):
     def seconds(self, call: Callable[[], object], calls: int = 1, head_start: float = 0.0) -> float:
         gc.disable()
         try:
-            start = time.perf_counter()
-            for _ in range(calls):
-                results = call()
-            seconds = (time.perf_counter() - start) / calls
+            return host_clock(call, calls)
         finally:
             gc.enable()
-        del results
-        return seconds
 
     def peak_memory(self, request: Request, case: str, calls: Mapping[str, Call]) -> dict[str, int]:
         """In a separate process (bench/memory.py), because this one has memory from earlier calls."""

@@ -2,16 +2,15 @@
 
 import functools
 import gc
-import importlib.metadata
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 
-from lfcc_kernels.bench.machine.base import Call, Machine, slug
+from lfcc_kernels.bench.machine.base import Call, Machine, host_clock, slug
 from lfcc_kernels.bench.record import Request
+from lfcc_kernels.version import package_version
 
 _SLEEP_CYCLES = 2e9  # cycles of torch.cuda._sleep per second, at the highest clock, so that it never ends too early
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
@@ -58,14 +57,14 @@ class Cuda(Machine):
         gc.disable()
         try:
             torch.cuda.synchronize()
-            return _host_clock(call, calls) if calls > 1 else _device_clock(call, head_start)
+            return host_clock(call, calls) if calls > 1 else _device_clock(call, head_start)
         finally:
             gc.enable()
 
     def host_seconds(self, call: Callable[[], object]) -> float:
         """With a margin, and at most 20 ms for a call that waits for the device."""
         torch.cuda.synchronize()
-        return min(1.5 * _host_clock(call, 1), 0.02)
+        return min(1.5 * host_clock(call, 1), 0.02)
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         stream = torch.cuda.Stream()
@@ -109,19 +108,9 @@ class Cuda(Machine):
             "nvidia_smi_fields": _QUERY,
             "nvidia_smi": _nvidia_smi(_QUERY, "csv,noheader"),
             "cuda": torch.version.cuda,
-            "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+            "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
             **super().environment(),
         }
-
-
-def _host_clock(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        results = call()
-    seconds = (time.perf_counter() - start) / calls
-    torch.cuda.synchronize()
-    del results
-    return seconds
 
 
 def _device_clock(call: Callable[[], object], head_start: float) -> float:
@@ -167,10 +156,3 @@ def _nvidia_smi(fields: str, layout: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -15,27 +15,27 @@ def labels(rows: Tensor) -> Tensor:
     return torch.arange(len(rows), device=rows.device)
 
 
-def contrast_dense(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def dense(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """normalize, matmul, cross_entropy; stores the B x K logits."""
     queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     return F.cross_entropy(queries @ keys.t() / temperature, labels(queries))
 
 
-def contrast_dense_symmetric(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def dense_symmetric(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """The mean of both directions over one matrix, as CLIP does."""
     logits = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).t() / temperature
     positives = labels(logits)
     return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.t(), positives)) / 2
 
 
-def contrast_dense_nt_xent(view: Tensor, other: Tensor, temperature: float) -> Tensor:
+def dense_nt_xent(view: Tensor, other: Tensor, temperature: float) -> Tensor:
     """SimCLR's loss of two views, each row against all other rows of both; stores the 2B x 2B logits."""
     views = F.normalize(torch.cat((view, other)), dim=1)
     logits = (views @ views.t() / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, labels(views).roll(len(view)))
 
 
-def contrast_linear_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def linear_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """torch's chunked cross entropy of a linear layer (torch 2.13 or newer), with the teacher as its weight."""
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"linear_cross_entropy needs torch 2.13 or newer, not {torch.__version__}")
@@ -44,7 +44,7 @@ def contrast_linear_cross_entropy(student: Tensor, teacher: Tensor, temperature:
     return F.linear_cross_entropy(queries / temperature, keys, labels(queries), options=options)
 
 
-def contrast_attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def attention(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """torch's flash attention over the teacher's rows. Its output minus the positive is the gradient of a student with
     a frozen teacher."""
     if student.device.type == "cuda" and student.shape[1] > 256:
@@ -70,7 +70,7 @@ class _Attention(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
-def contrast_row_blocks(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def row_blocks(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """A Python loop over blocks of 256 rows with library GEMMs, for a frozen teacher."""
     queries, keys = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     return _RowBlocks.apply(queries, keys, temperature, torch.is_grad_enabled() and student.requires_grad)

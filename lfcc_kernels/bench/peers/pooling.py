@@ -23,7 +23,7 @@ def filter_each_scale(x: Tensor, row_filters: Tensor, col_filters: Tensor, scale
     return _pyramid([rows @ x @ cols.t() for rows, cols in filters])
 
 
-def pool_cascade(x: Tensor, scales: Sequence[int]) -> Tensor:
+def cascade(x: Tensor, scales: Sequence[int]) -> Tensor:
     """Repeated avg_pool2d: the finest scale from the map, each other scale from the next finer one."""
     grids = {}
     for scale in sorted(scales, reverse=True):
@@ -51,7 +51,7 @@ def pool_by_halving(x: Tensor, scales: Sequence[int], halve: Callable[[Tensor], 
     return _pyramid([grids[scale] for scale in scales])
 
 
-def stacked_averages(grid: tuple[int, int], scales: Sequence[int]) -> Tensor:
+def stacked_averages(grid: Sequence[int], scales: Sequence[int]) -> Tensor:
     """The windows of `adaptive_avg_pool2d` as one matrix (cells, H * W), in float64."""
     units = (torch.eye(side, dtype=torch.float64)[None] for side in grid)
     rows, cols = (torch.cat([F.adaptive_avg_pool1d(unit, scale)[0].t() for scale in scales]) for unit in units)
@@ -64,12 +64,12 @@ def stacked_filters(row_filters: Tensor, col_filters: Tensor, scales: Sequence[i
     return torch.cat([torch.kron(rows, cols) for rows, cols in filters])
 
 
-def pool_one_gemm(x: Tensor, matrix: Tensor) -> Tensor:
+def one_gemm(x: Tensor, matrix: Tensor) -> Tensor:
     """All scales of a contiguous map as one GEMM against the stacked filters (cells, H * W)."""
     return (x.flatten(2) @ matrix.to(x.dtype).t()).transpose(1, 2)
 
 
-def pool_one_gemm_channels_last(x: Tensor, matrix: Tensor) -> Tensor:
+def one_gemm_channels_last(x: Tensor, matrix: Tensor) -> Tensor:
     """The same for a channels-last map, without a copy."""
     return matrix.to(x.dtype) @ x.permute(0, 2, 3, 1).flatten(1, 2)
 

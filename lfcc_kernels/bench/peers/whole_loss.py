@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfcc_kernels.bench.peers.contrast import contrast_dense, upcast
+from lfcc_kernels.bench.peers.contrast import dense, upcast
+
+Maps = Sequence[Tensor]
 
 
-def lfcc_pool_each_scale(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    scales: Sequence[int],
-    temperature: float,
+def pool_each_scale(
+    student_maps: Maps, teacher_maps: Maps, projections: Maps, scales: Sequence[int], temperature: float
 ) -> Tensor:
     """The whole loss: pool once per scale, project the few cells with a 1 x 1 convolution, contrast densely."""
     students = [
@@ -24,12 +22,8 @@ def lfcc_pool_each_scale(
     return _contrast_each_scale(students, teacher_maps, scales, temperature)
 
 
-def lfcc_project_maps(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    scales: Sequence[int],
-    temperature: float,
+def project_maps(
+    student_maps: Maps, teacher_maps: Maps, projections: Maps, scales: Sequence[int], temperature: float
 ) -> Tensor:
     """The whole loss as most distillation code writes it: align the map with a 1 x 1 convolution, then pool."""
     aligned = [_project(student, weight) for student, weight in zip(student_maps, projections, strict=True)]
@@ -37,10 +31,10 @@ def lfcc_project_maps(
     return _contrast_each_scale(students, teacher_maps, scales, temperature)
 
 
-def lfcc_filter_each_scale(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    projections: Sequence[Tensor],
+def filter_each_scale(
+    student_maps: Maps,
+    teacher_maps: Maps,
+    projections: Maps,
     filters: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[int],
     temperature: float,
@@ -66,7 +60,7 @@ def _contrast_each_scale(
 ) -> Tensor:
     """The mean loss of the students' grids, one per stage and scale, against the pooled maps of the teacher."""
     losses = [
-        contrast_dense(upcast(grid.flatten(1)), upcast(F.adaptive_avg_pool2d(teacher, scale).flatten(1)), temperature)
+        dense(upcast(grid.flatten(1)), upcast(F.adaptive_avg_pool2d(teacher, scale).flatten(1)), temperature)
         for grids, teacher in zip(students, teacher_maps, strict=True)
         for grid, scale in zip(grids, scales, strict=True)
     ]

@@ -1,6 +1,6 @@
-"""What `lfcc bench --tune` times: ops as a training step calls them, each with eager as its oracle.
+"""The cases of `lfcc bench --tune`: ops as a training step calls them, each with eager as its reference.
 
-Which tiles a case tunes is not written here: those that its launchers look up.
+A case tunes the tiles that its launchers look up in the table.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from lfcc_kernels.backends import eager
 from lfcc_kernels.backends.triton import DEVICE
 from lfcc_kernels.backends.triton import info_nce as nce
-from lfcc_kernels.backends.triton import info_nce_foreach as group
+from lfcc_kernels.backends.triton import info_nce_foreach as foreach
 from lfcc_kernels.backends.triton import lowpass as lp
 
 Results = Sequence[Tensor]
@@ -23,19 +23,19 @@ SCALES = [1, 2, 4]
 CELLS = sum(s * s for s in SCALES)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# By shape class. float64 has no cases: torch serves it on a GPU.
+# By shape class. float64 has no cases: `auto` selects eager for it on a GPU.
 TYPES = {"2": torch.bfloat16, "4": torch.float32}
-# Deviation from eager, over its largest value, that is rounding.
+# Deviation from eager, relative to its largest value, that rounding explains.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 
-# Crossovers that leave one way.
+# Entries of the table that always select one algorithm.
 FUSED, CHUNKS = {"widest": 1 << 30, "fewest_rows": 0}, {"widest": 0, "fewest_rows": 0}
-TOGETHER, IN_TURN = 1 << 60, 0
+BATCHED, SEQUENTIAL = 1 << 60, 0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of the cases. Those of pairs are rows of either side, and their width."""
+    """Shapes of the cases; those of pairs are (rows of each side, width)."""
 
     maps: Sequence[tuple[str, tuple[int, int, int, int]]] = (
         ("nchw", (256, 256, 56, 56)),
@@ -44,34 +44,34 @@ class Sizes:
     )
     fused: Sequence[tuple[int, int]] = ((8192, 128), (1024, 128))
     chunks: Sequence[tuple[int, int]] = ((8192, 128), (8192, 512), (1024, 512))
-    group: Sequence[int] = (128, 256)
-    group_channels: Sequence[int] = (64, 128, 256, 512)  # a stage each, and every scale of it a pair
+    foreach: Sequence[int] = (128, 256)
+    foreach_channels: Sequence[int] = (64, 128, 256, 512)  # one per stage; each scale of a stage is a pair
     crossover_rows: Sequence[int] = (512, 1024, 2048, 4096, 8192)
     crossover_widths: Sequence[int] = (64, 128, 256, 512)
-    crossover_group: Sequence[int] = (64, 128, 256, 512, 1024)
+    crossover_foreach: Sequence[int] = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op: `ours` and `eager` take what `inputs` makes, and give the results to be compared."""
+    """One call of an op. `triton` and `eager` are functions of `inputs()` whose results must agree."""
 
     name: str
     inputs: Callable[[], tuple]
-    ours: Callable[..., Results]
+    triton: Callable[..., Results]
     eager: Callable[..., Results]
     tolerance: float
-    settings: Mapping[str, Any] = field(default_factory=dict)  # entries of the table that hold in this case
+    settings: Mapping[str, Any] = field(default_factory=dict)  # entries of the table during the case
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """An entry of the table that decides between two ways."""
+    """An entry of the table that selects one of two algorithms by the size of a call."""
 
     path: tuple[str, ...]
-    ways: tuple[Any, Any]  # what to write there for one and for the other
-    cases: Mapping[Hashable, Case]  # by where on the scale of the rule they lie
-    rules: Sequence[Any]  # from which to choose
-    takes_first: Callable[[Any, Any], bool]  # whether by this rule the first way is taken there
+    ways: tuple[Any, Any]  # values of the entry that always select the first and the second algorithm
+    cases: Mapping[Hashable, Case]  # by size
+    rules: Sequence[Any]  # candidates for the entry
+    takes_first: Callable[[Any, Any], bool]  # whether a rule selects the first algorithm at a size
 
 
 def kernel_cases(sizes: Sizes) -> list[Case]:
@@ -83,18 +83,18 @@ def kernel_cases(sizes: Sizes) -> list[Case]:
         for way, pairs in ((FUSED, sizes.fused), (CHUNKS, sizes.chunks)):
             for rows, width in pairs:
                 cases += _info_nce_cases(rows, width, dtype, {"fused": dict.fromkeys(TYPES, way)})
-        cases += [_group_case(rows, sizes, dtype, {"foreach_products": TOGETHER}) for rows in sizes.group]
+        cases += [_foreach_case(rows, sizes, dtype, {"foreach_products": BATCHED}) for rows in sizes.foreach]
     return cases
 
 
 def chunk_cases(sizes: Sizes) -> list[Case]:
-    """Cases whose time the size of a chunk decides."""
+    """The cases whose time depends on the size of a chunk."""
     chunks = {"fused": dict.fromkeys(TYPES, CHUNKS)}
     return [case for case in kernel_cases(sizes) if case.settings == chunks]
 
 
 def crossovers(sizes: Sizes) -> Iterator[Crossover]:
-    """Between fused tiles and chunks, by the type of the rows; and between pairs together and in turn."""
+    """Between fused tiles and chunks, for each dtype class; and between batched and sequential pairs."""
     rules = [{"widest": w, "fewest_rows": r} for w in sizes.crossover_widths for r in sizes.crossover_rows]
     for shape_class, dtype in TYPES.items():
         yield Crossover(
@@ -108,27 +108,28 @@ def crossovers(sizes: Sizes) -> Iterator[Crossover]:
             rules=[CHUNKS, *rules],
             takes_first=lambda rule, at: at[0] >= rule["fewest_rows"] and at[1] <= rule["widest"],
         )
-    pairs = len(sizes.group_channels) * len(SCALES)
-    products = {pairs * rows * rows: rows for rows in sizes.crossover_group}
+    pairs = len(sizes.foreach_channels) * len(SCALES)
+    products = {pairs * rows * rows: rows for rows in sizes.crossover_foreach}
     yield Crossover(
         path=("foreach_products",),
-        ways=(TOGETHER, IN_TURN),
-        cases={at: _group_case(rows, sizes, torch.bfloat16, {}) for at, rows in products.items()},
-        rules=[IN_TURN, *products],
+        ways=(BATCHED, SEQUENTIAL),
+        cases={at: _foreach_case(rows, sizes, torch.bfloat16, {}) for at, rows in products.items()},
+        rules=[SEQUENTIAL, *products],
         takes_first=lambda rule, at: at <= rule,
     )
 
 
 def _lowpass_cases(layout: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Case]:
     batch, channels, height, width = size
-    average, channels_last = (None, None, [], 0), layout == "channels_last"
+    average: tuple[None, None, list[int], int] = (None, None, [], 0)
+    channels_last = layout == "channels_last"
 
     def inputs() -> tuple[Tensor, ...]:
         x = _randn(*size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
         rows, cols = (_randn(sum(SCALES), side, dtype=torch.float32) for side in (height, width))
         return x, rows, cols, _randn(batch, CELLS, channels, dtype=dtype)
 
-    ops = {
+    ops: dict[str, tuple[Callable[..., Results], Callable[..., Results]]] = {
         "average": (
             lambda x, rows, cols, grad: [lp.lowpass(x, SCALES, *average)],
             lambda x, rows, cols, grad: [eager.lowpass(x, SCALES, *average)],
@@ -148,8 +149,8 @@ def _lowpass_cases(layout: str, size: tuple[int, int, int, int], dtype: torch.dt
             ),
         ),
     }
-    for name, (ours, oracle) in ops.items():
-        yield Case(f"lowpass {name} {layout} {size} {dtype}", inputs, ours, oracle, TOLERANCES[dtype])
+    for name, (triton, oracle) in ops.items():
+        yield Case(f"lowpass {name} {layout} {size} {dtype}", inputs, triton, oracle, TOLERANCES[dtype])
 
 
 def _info_nce_cases(rows: int, width: int, dtype: torch.dtype, settings: Mapping[str, Any]) -> Iterator[Case]:
@@ -163,7 +164,7 @@ def _info_nce_cases(rows: int, width: int, dtype: torch.dtype, settings: Mapping
     def losses(student: Tensor, teacher: Tensor, symmetric: bool) -> Tensor:
         return eager.info_nce(student, teacher, *options, symmetric, True, False)
 
-    ops = {
+    ops: dict[str, tuple[Callable[..., Results], Callable[..., Results]]] = {
         "one pass": (
             lambda s, t, grad, row_lse, col_lse: nce.info_nce_one_pass(s, t, *options, True, True)[:3],
             lambda s, t, grad, row_lse, col_lse: [
@@ -177,38 +178,38 @@ def _info_nce_cases(rows: int, width: int, dtype: torch.dtype, settings: Mapping
             lambda s, t, grad, row_lse, col_lse: [losses(s, t, True).mean(), row_lse, col_lse],
         ),
         "symmetric gradient": (
-            lambda s, t, grad, *lse: nce.info_nce_grad(grad, s, t, *options, True, True, *lse, False)[:1],
+            lambda s, t, grad, *lse: nce.info_nce_grad(grad, s, t, *options, True, True, lse[0], lse[1], False)[:1],
             lambda s, t, grad, *lse: _gradients(lambda s: losses(s, t, True), [s], grad),
         ),
     }
-    for name, (ours, oracle) in ops.items():
-        yield Case(f"info_nce {name} {(rows, width)} {dtype}", inputs, ours, oracle, TOLERANCES[dtype], settings)
+    for name, (triton, oracle) in ops.items():
+        yield Case(f"info_nce {name} {(rows, width)} {dtype}", inputs, triton, oracle, TOLERANCES[dtype], settings)
 
 
-def _group_case(rows: int, sizes: Sizes, dtype: torch.dtype, settings: Mapping[str, Any]) -> Case:
-    widths = [channels * s * s for channels in sizes.group_channels for s in SCALES]
+def _foreach_case(rows: int, sizes: Sizes, dtype: torch.dtype, settings: Mapping[str, Any]) -> Case:
+    widths = [channels * s * s for channels in sizes.foreach_channels for s in SCALES]
     options = torch.tensor(0.1), None, None, 0
 
     def inputs() -> tuple[list[Tensor], ...]:
         students, teachers = ([_randn(rows, width, dtype=dtype) for width in widths] for _ in range(2))
         return students, teachers
 
-    def ours(students: list[Tensor], teachers: list[Tensor]) -> Results:
-        return group.info_nce_foreach(students, teachers, *options, True)[:2]
+    def triton(students: list[Tensor], teachers: list[Tensor]) -> Results:
+        return foreach.info_nce_foreach(students, teachers, *options, True)[:2]
 
     def oracle(students: list[Tensor], teachers: list[Tensor]) -> Results:
         def losses(*students: Tensor) -> Tensor:
             pairs = zip(students, teachers, strict=True)
-            return torch.stack([eager.info_nce(*pair, *options, False, True, False) for pair in pairs])
+            return torch.stack([eager.info_nce(s, t, *options, False, True, False) for s, t in pairs])
 
         expected = losses(*students)
         gradients = _gradients(losses, students, torch.ones_like(expected))
         return [expected.mean(1), torch.cat(gradients, dim=1)]
 
-    return Case(f"info_nce_foreach {rows} {widths} {dtype}", inputs, ours, oracle, TOLERANCES[dtype], settings)
+    return Case(f"info_nce_foreach {rows} {widths} {dtype}", inputs, triton, oracle, TOLERANCES[dtype], settings)
 
 
-def _gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> Results:
+def _gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     return torch.autograd.grad(f(*leaves), leaves, grad)
 

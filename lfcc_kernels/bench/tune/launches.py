@@ -1,4 +1,4 @@
-"""How `lfcc bench --tune` takes hold of launches: compiled all at once, checked for spills, timed on the device."""
+"""Launches of `lfcc bench --tune`: compiled in parallel, checked for register spills, timed by the device."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from triton.runtime.jit import JITFunction
 
 from lfcc_kernels.backends.triton import INTERPRET, runtime
 
-_HEAD_START = 4_000_000  # clock cycles, about 2 ms, in which the host enqueues a call
+_HEAD_START = 4_000_000  # clock cycles, about 2 ms, for the host to enqueue a call
 
 
 class DeviceClock:
-    """Seconds that the GPU needs for a call which it finds enqueued, with nothing of its inputs in a cache."""
+    """GPU time in seconds of a call that is enqueued beforehand and whose inputs are in no cache."""
 
     def __init__(self, device: torch.device) -> None:
         self._other = torch.zeros(2 * runtime.device_props(device).l2_bytes // 4, device=device)
@@ -26,7 +26,7 @@ class DeviceClock:
     def __call__(self, call: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(_HEAD_START)
-        self._other.sum()  # reads, so that no lines are left which would first have to be written back
+        self._other.sum()  # a read leaves no dirty lines in L2, which would be written back during the call
         start.record()
         call()
         end.record()
@@ -36,8 +36,10 @@ class DeviceClock:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """In this block launchers compile what they would launch, in threads, and launch nothing; errors come later, with
-    the launch. Triton's compiler is mostly outside Python's lock."""
+    """In this block launches only compile their kernel, in threads; the launch itself reports errors later.
+
+    Triton's compiler mostly runs without the GIL.
+    """
     threads = ThreadPoolExecutor(os.cpu_count())
     try:
         with _launching(_compile), triton.AsyncCompileMode(threads, ignore_errors=True):
@@ -48,12 +50,12 @@ def compiling() -> Iterator[None]:
 
 @contextmanager
 def counting_spills() -> Iterator[list[int]]:
-    """The list gets, for every launch in this block, how many registers of its kernel live in memory."""
+    """Yields a list to which every launch in this block appends the number of spilled registers of its kernel."""
     spills: list[int] = []
 
     def launch_and_count(launch: Callable, *arguments: Any, **options: Any) -> Any:
         compiled = launch(*arguments, **options)
-        spills.append(getattr(compiled, "n_spills", 0))  # the interpreter gives back nothing
+        spills.append(getattr(compiled, "n_spills", 0))  # the interpreter returns None
         return compiled
 
     with _launching(launch_and_count):
@@ -66,7 +68,7 @@ def _compile(launch: Callable, *arguments: Any, **options: Any) -> Any:
 
 @contextmanager
 def _launching(instead: Callable) -> Iterator[None]:
-    """In this block every launch is `instead(launch, *arguments, **options)`."""
+    """In this block every launch calls `instead(launch, *arguments, **options)`."""
     kernels = InterpretedFunction if INTERPRET else JITFunction
     launch = kernels.run
     kernels.run = lambda kernel, *arguments, **options: instead(partial(launch, kernel), *arguments, **options)

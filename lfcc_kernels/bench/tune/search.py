@@ -1,7 +1,7 @@
-"""The search behind `lfcc bench --tune`: who is compared, what may win and what does.
+"""The search of `lfcc bench --tune`: candidates, measurement and selection.
 
-Launchers look into the dict that `tiles.table` keeps in every call. So a candidate is tried by changing that dict for
-the time of a call.
+Launchers read the dict cached by `tiles.table` in every call, so a candidate is tried by changing that dict during a
+call.
 """
 
 import copy
@@ -21,7 +21,7 @@ from lfcc_kernels.bench.tune.cases import Case, Crossover, Sizes, chunk_cases, c
 from lfcc_kernels.bench.tune.launches import compiling, counting_spills
 
 ROUNDS = 11
-MARGIN = 1.02  # so many times faster than what the table says a candidate must be at the least
+MARGIN = 1.02  # least speedup over the entry of the table
 MOST_CANDIDATES = 16
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 CHUNK_BYTES = [size << 20 for size in (8, 16, 32, 64)]
@@ -31,11 +31,11 @@ Times = tuple[list[list[float]], Counter[str]]
 
 
 class Rejected(ValueError):
-    """Why a candidate may not win."""
+    """The reason for which a candidate is excluded."""
 
 
 def candidates(tiles: Mapping[str, int]) -> list[dict[str, int]]:
-    """Configurations to try, the given one first: its neighbours, so that a second run goes on from the winner."""
+    """Configurations to try: the given one, then its neighbours, so that a second run continues from the winner."""
     blocks = [name for name in tiles if name.startswith("BLOCK_")]
     found = [dict(tiles)]
     if "num_stages" in tiles:
@@ -49,38 +49,38 @@ def candidates(tiles: Mapping[str, int]) -> list[dict[str, int]]:
 
 
 def _grid(blocks: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Every block halved, kept and doubled; but none below 16, the least of tl.dot, unless it is there already."""
+    """Every block halved, kept and doubled, but not below 16, the minimum of tl.dot."""
     return itertools.product(*((b // 2, b, 2 * b) if b > 16 else (b, 2 * b, 4 * b) for b in blocks))
 
 
 def best(scores: Sequence[float]) -> int:
-    """Place of the least score; 0, that of the incumbent, unless another is less by more than the margin."""
+    """Index of the least score; 0, the incumbent, unless another is less by more than the margin."""
     least = min(range(len(scores)), key=scores.__getitem__)
     return least if scores[least] * MARGIN < scores[0] else 0
 
 
 def geometric_mean(seconds: Sequence[float]) -> float:
-    """Infinite where one of them is."""
+    """Infinite if one of them is."""
     return math.exp(statistics.fmean(map(math.log, seconds)))
 
 
 class Tuner:
-    """Measures anew what a table says; `table` is the dict that launchers look into, and `say` takes progress."""
+    """Tunes the entries of `table`, the dict that launchers read; `say` prints progress."""
 
     def __init__(self, table: dict[str, Any], sizes: Sizes, clock: Clock, say: Callable[[str], None]) -> None:
         self.table, self.sizes, self.clock, self.say = table, sizes, clock, say
 
     def tune(self) -> tuple[dict[str, Any], list[str]]:
-        """The table with what was found, and the names of its entries that could not be measured and stay."""
+        """The tuned table, and the names of the entries that could not be measured and are unchanged."""
         before, kept = copy.deepcopy(self.table), []
         try:
             jobs = self._jobs()
             for number, (name, job) in enumerate(jobs.items(), 1):
                 try:
                     outcome = job()
-                except Exception as error:  # whatever becomes of one entry, the others are measured
+                except Exception as error:  # an entry that fails does not stop the others
                     kept.append(name)
-                    outcome = f"stays as it was: {_reason(error)}"
+                    outcome = f"unchanged: {_reason(error)}"
                 self.say(f"[{number}/{len(jobs)}] {name}: {outcome}")
             return copy.deepcopy(self.table), kept
         finally:
@@ -88,7 +88,7 @@ class Tuner:
             self.table.update(before)
 
     def _jobs(self) -> dict[str, Callable[[], str]]:
-        """By name, what measures an entry and says what came of it; crossovers last, for they depend on the tiles."""
+        """Functions that tune one entry each and return the outcome. Crossovers come last, as they depend on tiles."""
         readers = self._readers()
         jobs: dict[str, Callable[[], str]] = {}
         for kernel, lines in self.table["kernels"].items():
@@ -102,32 +102,32 @@ class Tuner:
         return jobs
 
     def _readers(self) -> dict[tuple[str, str], list[Case]]:
-        """By kernel and shape class, the cases that look its tiles up."""
+        """The cases that look up the tiles of a kernel and shape class."""
         cases = kernel_cases(self.sizes)
         self.say(f"compiling {len(cases)} cases")
         readers: dict[tuple[str, str], list[Case]] = defaultdict(list)
         with compiling():
             for case in cases:
                 seen: set[tuple[str, str]] = set()
-                kernels = {kernel: _Noted(lines, kernel, seen) for kernel, lines in self.table["kernels"].items()}
+                kernels = {kernel: _Recorder(lines, kernel, seen) for kernel, lines in self.table["kernels"].items()}
                 try:
                     with changed(self.table, {"kernels": kernels, **case.settings}):
-                        case.ours(*case.inputs())
-                except Exception as error:  # maps that are too large for this GPU, say
+                        case.triton(*case.inputs())
+                except Exception as error:  # e.g. maps that are too large for this GPU
                     self.say(f"{case.name}: {_reason(error)}")
                 for line in seen:
                     readers[line].append(case)
         return readers
 
     def _contest(self, holder: dict[str, Any], key: str, options: Sequence[Any], cases: Sequence[Case]) -> str:
-        """Put the option into the table that has the least geometric mean over the cases."""
+        """Write the option with the least geometric mean over the cases into the table."""
         if not cases:
-            raise Rejected("no case looks it up")
+            raise Rejected("no case uses it")
         times, out = self._times(holder, key, options, cases)
         return _settle(holder, key, options, [geometric_mean(row) for row in times], out)
 
     def _cross(self, crossover: Crossover) -> str:
-        """Put the rule into the table that, by the times of both ways, chooses best between them."""
+        """Write the rule into the table that selects best between the algorithms, by the times of both."""
         *path, key = crossover.path
         holder = functools.reduce(dict.__getitem__, path, self.table)
         (first, second), out = self._times(holder, key, crossover.ways, list(crossover.cases.values()), spills=True)
@@ -141,19 +141,19 @@ class Tuner:
     def _times(
         self, holder: dict[str, Any], key: str, options: Sequence[Any], cases: Sequence[Case], spills: bool = False
     ) -> Times:
-        """Median seconds of every option in every case, infinite where it is left out; and how often why.
+        """Median seconds of every option in every case, infinite if it is excluded, and the counts of the reasons.
 
-        With `spills` not even one that spills more than the first option is left out.
+        An option that spills more registers than the first is excluded, unless `spills`.
         """
         inputs = [case.inputs() for case in cases]
 
         def call(option: int, case: int) -> Sequence[Tensor]:
             with changed(holder, {key: options[option]}), changed(self.table, cases[case].settings):
-                return cases[case].ours(*inputs[case])
+                return cases[case].triton(*inputs[case])
 
         with compiling():
             for pair in itertools.product(range(len(options)), range(len(cases))):
-                with suppress(Exception):  # comes again below
+                with suppress(Exception):  # raised again below
                     call(*pair)
         samples: dict[tuple[int, int], list[float]] = {}
         out: Counter[str] = Counter()
@@ -168,7 +168,7 @@ class Tuner:
                 limit = count if option == 0 and not spills else limit
                 samples[option, place] = []
         for turn in range(ROUNDS):
-            first = turn * len(samples) // ROUNDS  # another one begins every round
+            first = turn * len(samples) // ROUNDS  # each round begins with another pair
             for pair in [*samples][first:] + [*samples][:first]:
                 samples[pair].append(self.clock(partial(call, *pair)))
         medians = {pair: statistics.median(seconds) for pair, seconds in samples.items()}
@@ -178,7 +178,7 @@ class Tuner:
 def _check(
     call: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], tolerance: float, limit: int | None
 ) -> int:
-    """Registers that spill; raises where they are more than the limit, or the results not those expected."""
+    """The number of spilled registers; raises if they exceed the limit or the results differ from those expected."""
     with counting_spills() as spills:
         results = call()
     for got, right in zip(results, expected, strict=True):
@@ -193,19 +193,19 @@ def _check(
 def _settle(
     holder: dict[str, Any], key: str, options: Sequence[Any], scores: Sequence[float], out: Mapping[str, int]
 ) -> str:
-    """Put the best option into the table, and say how it fared."""
+    """Write the best option into the table; returns the outcome in words."""
     winner = best(scores)
     reasons = ", ".join(f"{count} x {reason}" for reason, count in out.items())
     if scores[winner] == math.inf:
         raise Rejected(f"nothing runs ({reasons})")
     holder[key] = copy.deepcopy(options[winner])
     outcome = f"{options[winner]}, {scores[0] / scores[winner]:.2f} times as fast" if winner else "kept"
-    return f"{outcome} (left out: {reasons})" if reasons else outcome
+    return f"{outcome} (excluded: {reasons})" if reasons else outcome
 
 
 @contextmanager
 def changed(mapping: dict[str, Any], entries: Mapping[str, Any]) -> Iterator[None]:
-    """In this block the mapping has these entries in place of its own."""
+    """Replaces these entries of the mapping within the block."""
     before = {key: mapping[key] for key in entries}
     mapping.update(entries)
     try:
@@ -214,8 +214,8 @@ def changed(mapping: dict[str, Any], entries: Mapping[str, Any]) -> Iterator[Non
         mapping.update(before)
 
 
-class _Noted(dict):
-    """Tiles of a kernel by shape class; notes which of them are looked up."""
+class _Recorder(dict):
+    """The tiles of a kernel by shape class; records which are looked up."""
 
     def __init__(self, lines: Mapping[str, Any], kernel: str, seen: set[tuple[str, str]]) -> None:
         super().__init__(lines)

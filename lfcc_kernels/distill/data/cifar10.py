@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from lfcc_kernels.files import replace_file
+from lfcc_kernels.files import write_file
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 MD5 = {
@@ -69,8 +69,7 @@ def fetch_cifar10(root: str | Path) -> None:
                 download(Path(folder))
                 for split in SPLITS:
                     for batch_name, batch in _read_batches(Path(folder), split):
-                        with replace_file(root / f"{batch_name}.bin") as file:
-                            file.write(batch)
+                        write_file(root / f"{batch_name}.bin", batch)
         except (OSError, ValueError, RuntimeError, tarfile.TarError) as error:
             failures.append(f"{name}: {_first_line(error)}")
             print(f"CIFAR-10: failed: {failures[-1]}", flush=True)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import FashionMNIST, ImageFolder
 
 from . import cifar10
-from .readers import PREFIXES, ReaderImages, Stream, class_names, open_tar, open_timm
+from .readers import PREFIXES, ImageDataset, ReaderImages, Stream, class_names, open_tar, open_timm
 
 FASHION_MNIST_MD5 = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
@@ -50,7 +50,7 @@ def open_dataset(
     num_classes: int | None = None,
     input_key: str | None = None,
     target_key: str | None = None,
-) -> Dataset | Stream:
+) -> ImageDataset | Stream:
     """Open the training or the validation split of a data set.
 
     Args:
@@ -99,7 +99,7 @@ def open_dataset(
     return dataset
 
 
-def fingerprint(dataset: Dataset) -> str:
+def fingerprint(dataset: ImageDataset | Stream) -> str:
     """A hash of images and labels in order: of arrays in memory, otherwise of each file's name, size and label.
 
     Raises ValueError for a data set without random access.
@@ -110,7 +110,7 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _identifying_rows(dataset: Dataset) -> Iterable[tuple]:
+def _identifying_rows(dataset: ImageDataset | Stream) -> Iterable[tuple]:
     if isinstance(dataset, ImageFolder):
         paths = ((Path(path), label) for path, label in dataset.samples)
         return ((path.relative_to(dataset.root).as_posix(), path.stat().st_size, label) for path, label in paths)
@@ -125,7 +125,7 @@ def _identifying_rows(dataset: Dataset) -> Iterable[tuple]:
             "such as folder, tar, hfds/NAME or torch/cifar100"
         )
     arrays = (np.ascontiguousarray(array) for array in (images, labels))
-    return [(array.shape, array.dtype.str, hashlib.sha256(array).hexdigest()) for array in arrays]
+    return [(array.shape, array.dtype.str, hashlib.sha256(array.data).hexdigest()) for array in arrays]
 
 
 def _find_split(root: Path, split_name: str, layout: str) -> Path:
@@ -137,7 +137,7 @@ def _find_split(root: Path, split_name: str, layout: str) -> Path:
     raise FileNotFoundError(f"{path} does not exist: expected {' or '.join(map(layout.format, names))} in {root}")
 
 
-def _open_folder(folder: Path) -> Dataset:
+def _open_folder(folder: Path) -> ImageDataset:
     try:
         return ImageFolder(str(folder))
     except FileNotFoundError as error:  # also raised for a class without images

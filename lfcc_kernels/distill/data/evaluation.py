@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lfcc_kernels.distill.distributed import gather_objects
 
 from .loader import Transform
-from .readers import LoaderError, Stream, ignore_sigterm, loader_errors, read_image, read_stream
+from .readers import ImageDataset, LoaderError, Stream, ignore_sigterm, loader_errors, read_image, read_stream
 
 _PADDING = -100  # the label of padding images, which torch and torchmetrics ignore
 
@@ -21,7 +21,7 @@ class EvaluationImages(Dataset):
     All ranks have equally many images: the last image is repeated with the label -100, which `top1` ignores.
     """
 
-    def __init__(self, dataset: Dataset, transform: Transform, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, dataset: ImageDataset, transform: Transform, rank: int = 0, world_size: int = 1) -> None:
         self._dataset, self._transform, self._rank, self._world_size = dataset, transform, rank, world_size
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class EvaluationStream(IterableDataset):
 
 
 def evaluation_loader(
-    dataset: Dataset | Stream,
+    dataset: ImageDataset | Stream,
     transform: Transform,
     *,
     batch_size: int,
@@ -70,9 +70,9 @@ def evaluation_loader(
 
     With a Stream, every rank reads and decodes all images.
     """
-    share = EvaluationStream if isinstance(dataset, Stream) else EvaluationImages
+    options = transform, rank, world_size
     return DataLoader(
-        share(dataset, transform, rank, world_size),
+        EvaluationStream(dataset, *options) if isinstance(dataset, Stream) else EvaluationImages(dataset, *options),
         batch_size,
         num_workers=workers,
         worker_init_fn=ignore_sigterm,

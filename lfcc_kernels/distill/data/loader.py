@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lfcc_kernels.distill.distiller import TeacherOutputs
 from lfcc_kernels.distill.teacher_cache import TeacherCache
 
-from .readers import ignore_sigterm, loader_errors, read_image
+from .readers import ImageDataset, ignore_sigterm, loader_errors, read_image
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -117,7 +117,7 @@ class TrainBatches(BatchSource):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: ImageDataset,
         transform: Transform,
         *,
         cache: TeacherCache | None = None,
@@ -157,7 +157,7 @@ class TrainBatches(BatchSource):
 class _SeededImages(Dataset):
     """Items are (index, seed of the transform)."""
 
-    def __init__(self, dataset: Dataset, transform: Transform, cache: TeacherCache | None, hflip: float) -> None:
+    def __init__(self, dataset: ImageDataset, transform: Transform, cache: TeacherCache | None, hflip: float) -> None:
         self._dataset, self._transform, self._cache, self._hflip = dataset, transform, cache, hflip
 
     def __getitem__(self, item: list[int]) -> tuple[Tensor, int] | tuple[Tensor, int, Tensor]:

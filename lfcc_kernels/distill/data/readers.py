@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from PIL import Image
@@ -28,6 +28,16 @@ _DEAD_WORKER = re.compile(r"DataLoader worker \(pid|shared memory|unable to \w+ 
 
 class LoaderError(OSError):
     """An image cannot be read, or a loader process died. The message is one line."""
+
+
+class ImageDataset(Protocol):
+    """A map-style data set; `classes` are the names of the classes in the order of the labels."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
 
 class ReaderImages(Dataset):
@@ -67,7 +77,8 @@ class Stream:
         self, name: str, root: str, split: str, *, num_classes: int | None, keys: Mapping[str, str | None]
     ) -> None:
         self.name = name
-        self._source, self._options = (name, root, split), dict(keys)
+        self._source = name, root, split
+        self._options: dict[str, Any] = dict(keys)
         if name.startswith("wds/") and keys["input_key"]:
             self._options["input_key"] = f"{keys['input_key']};jpg"  # timm stores the decoded image under "jpg"
         if name.startswith("hfids/"):
@@ -112,7 +123,7 @@ def read_stream(name: str, images: IterableImageDataset) -> Iterator[tuple[Image
         raise LoaderError(f"{name} cannot be read: {_one_line(error)}") from error
 
 
-def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
+def read_image(dataset: ImageDataset, index: int) -> tuple[Image.Image, int]:
     """An RGB image and its label. Raises LoaderError with the image's name if it cannot be read."""
     try:
         image, label = dataset[index]
@@ -154,7 +165,7 @@ def ignore_sigterm(worker: int) -> None:
 
 def open_timm(
     name: str, root: str, split: str, *, num_classes: int | None, keys: Mapping[str, str | None]
-) -> Dataset | Stream:
+) -> ImageDataset | Stream:
     """Open a data set whose name starts with one of PREFIXES; see `open_dataset`."""
     prefix = name.split("/")[0]
     package = _PACKAGES.get(prefix)
@@ -206,7 +217,7 @@ def _arrow_rows(table: Any, image_key: str) -> Iterator[tuple]:
         yield path and Path(path).name, Path(path).stat().st_size if size is None else size, other
 
 
-def _open_torch(name: str, root: str, split: str, num_classes: int | None) -> Dataset:
+def _open_torch(name: str, root: str, split: str, num_classes: int | None) -> ImageDataset:
     try:
         dataset = _create(name, root, split)
     except ValueError as error:
@@ -233,7 +244,7 @@ def _count_shards(name: str, root: str, files: Iterable[str]) -> int:
     return len(files)
 
 
-def _create(name: str, root: str, split: str, **options: Any) -> Dataset:
+def _create(name: str, root: str, split: str, **options: Any) -> Any:
     try:
         return create_dataset(name, root, split, **options)
     except OSError:

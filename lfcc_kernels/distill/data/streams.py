@@ -35,11 +35,7 @@ class StreamedBatches(BatchSource):
             )
         self._stream, self._transform = stream, transform
         self._images = stream.read(
-            training=True,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            rank=self._rank,
-            world_size=self._world_size,
+            training=True, batch_size=self._batch_size, seed=self._seed, rank=self._rank, world_size=self._world_size
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:

@@ -1,3 +1,5 @@
+"""The HTML report of a record and its plots."""
+
 import base64
 import re
 from itertools import pairwise
@@ -31,12 +33,12 @@ def growing(candidate: str, milliseconds: float, **fields) -> list[record.Row]:
 
 def rows() -> list[record.Row]:
     return [
-        row(POOLING, "ours", median_ms=2, fraction_of_floor=0.05),
+        row(POOLING, "lfcc", median_ms=2, fraction_of_floor=0.05),
         row(POOLING, "eager", median_ms=1),
-        row(PRODUCTS, "ours", flops=10**8, fraction_of_floor=0.95),
+        row(PRODUCTS, "lfcc", flops=10**8, fraction_of_floor=0.95),
         row(PRODUCTS, "eager", flops=10**8, median_ms=4),
         *growing("eager", 0.2),
-        *growing("ours", 0.1),
+        *growing("lfcc", 0.1),
     ]
 
 
@@ -44,7 +46,7 @@ def figure(name: str, drawn: list) -> object:
     return next(picture for picture in drawn if picture.name == name).figure
 
 
-def test_page_holds_tables_and_every_picture(tmp_path):
+def test_page_has_all_tables_and_plots(tmp_path):
     path = tmp_path / "record.json"
     record.save(path, results(*rows(), row(POOLING, "kornia", status="skipped", note="1 < 2")))
     page = write_report(path, tmp_path / "out")
@@ -64,40 +66,32 @@ def test_page_holds_tables_and_every_picture(tmp_path):
     }  # fmt: skip
 
 
-def test_page_beside_its_record(tmp_path):
+def test_page_in_the_folder_of_its_record(tmp_path):
     path = tmp_path / "record.json"
-    record.save(path, results(row(POOLING, "ours", status="failed", note="no")))
+    record.save(path, results(row(POOLING, "lfcc", status="failed", note="no")))
     before = path.stat().st_mtime_ns
     assert "<td>no</td>" in write_report(path, tmp_path).read_text()
     assert path.stat().st_mtime_ns == before
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_of_two_heaps_one_is_drawn(tmp_path):
+def test_plots_show_one_of_two_heaps(tmp_path):
     path = tmp_path / "record.json"
     record.save(
-        path, results(*(row(POOLING, name, run=run) for run in ("kept", "default") for name in ("ours", "eager")))
+        path, results(*(row(POOLING, name, run=run) for run in ("kept", "default") for name in ("lfcc", "eager")))
     )
     text = write_report(path, tmp_path).read_text()
-    assert "slower in 0 of 1 cases" in text  # the picture
+    assert "slower in 0 of 1 cases" in text  # the plots
     assert "in 0 of 2 cases" in text  # the tables
     assert "The plots show the run with the default heap." in text
 
 
-@pytest.mark.parametrize("text", ["", "epoch,step\n", "{}", "[1]", '{"schema": 2, "runs": {}}'])
-def test_what_is_no_record_is_refused(text, tmp_path):
-    path = tmp_path / "record.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"record\.json"):
-        write_report(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_record_without_rows_is_refused(tmp_path):
+def test_record_without_rows_raises(tmp_path):
     path = tmp_path / "record.json"
     record.save(path, results())
     with pytest.raises(ValueError, match="no rows"):
         write_report(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_lines_of_a_series():
@@ -113,10 +107,10 @@ def test_lines_of_a_series():
     assert axes.lines[0].get_ydata().tolist() == [1 / 16, 1 / 8, 4]
 
 
-def test_every_label_dtype_and_mode_has_a_panel_and_every_axis_a_picture():
+def test_one_panel_per_label_dtype_and_mode_and_one_plot_per_axis():
     cases = ("loss-64x8-float32-fwd", "loss-64x8-float32-fwd+bwd", "loss-64x8-bfloat16-fwd", "pooling-64x8-float32-fwd")
-    made = [row(f"scaling-{case}", "ours", axis="H*W", x=64) for case in cases]
-    (picture,) = series([*made, row(POOLING, "ours")])
+    made = [row(f"scaling-{case}", "lfcc", axis="H*W", x=64) for case in cases]
+    (picture,) = series([*made, row(POOLING, "lfcc")])
     assert picture.name == "time-against-hxw"
     assert sorted(axes.get_title() for axes in picture.figure.axes) == [
         "loss bfloat16 fwd",
@@ -126,7 +120,7 @@ def test_every_label_dtype_and_mode_has_a_panel_and_every_axis_a_picture():
     ]
 
 
-def test_losses_are_the_first_bars_in_their_own_color():
+def test_slower_cases_are_the_first_bars_in_another_color():
     (axes,) = figure("speedups", plots(rows())).axes
     bars = [(to_hex(bar.get_facecolor()), 1 + bar.get_width()) for bar in axes.patches]
     assert bars == [(SLOWER, 0.5), *[(LFCC, pytest.approx(2))] * 3, (LFCC, 4)]
@@ -141,31 +135,31 @@ def test_roofline_has_the_measured_roof_and_rates():
     roof = axes.lines[0].get_xydata()
     assert roof[1].tolist() == [10, 100]  # copies at 10 GB/s meet GEMMs of 100 GFLOP/s
     assert roof[0, 1] == pytest.approx(10 * roof[0, 0])
-    ours, fastest = axes.collections[1:]
-    assert ours.get_offsets().tolist() == [[100, 100]]
+    lfcc, fastest = axes.collections[1:]
+    assert lfcc.get_offsets().tolist() == [[100, 100]]
     assert fastest.get_offsets().tolist() == [[100, 25]]
 
 
-def test_what_counts_no_flops_is_shown_in_bytes_a_second():
+def test_cases_without_flops_are_shown_in_bytes_per_second():
     (axes,) = figure("bandwidth", plots([made for made in rows() if not made.axis])).axes
     assert [bar.get_width() for bar in axes.patches] == [0.5]
     assert axes.collections[0].get_offsets().tolist() == [[1, 0]]
     assert axes.lines[0].get_xdata()[0] == 10
 
 
-def test_floors_are_grouped_by_suite_with_the_goal_of_a_case():
-    slow = row("info_nce-one-way-8x8-float32-fwd", "ours", fraction_of_floor=0.2)
+def test_floors_are_grouped_by_suite_and_show_targets():
+    slow = row("info_nce-one-way-8x8-float32-fwd", "lfcc", fraction_of_floor=0.2)
     lowpass, info_nce = figure("floors", plots([*rows(), slow])).axes
     assert [bar.get_width() for bar in lowpass.patches] == [5]
     assert [bar.get_width() for bar in info_nce.patches] == [20, 95]
-    goal, whole = info_nce.lines
-    assert (goal.get_xdata()[0], whole.get_xdata()[0]) == (90, 100)
+    target, whole = info_nce.lines
+    assert (target.get_xdata()[0], whole.get_xdata()[0]) == (90, 100)
     assert len(lowpass.lines) == 1
 
 
-def test_a_hundred_long_names_do_not_touch():
+def test_a_hundred_long_names_do_not_overlap():
     cases = [f"lfcc-{'long-' * 8}{number}-128x4x3-float32-fwd+bwd" for number in range(100)]
-    both = (("ours", 1), ("compiled eager, pooled first", 30))
+    both = (("lfcc", 1), ("compiled eager, pooled first", 30))
     made = [row(case, name, median_ms=ms, fraction_of_floor=0.5) for case in cases for name, ms in both]
     for name in ("speedups", "bandwidth", "floors"):
         drawn = figure(name, plots(made))
