@@ -2,17 +2,17 @@
 
 import csv
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from toy_runs import SETTINGS, ToyBatches, make_distiller, no_evaluation, run
 
-from lfcc_kernels.distill import Batch, Distiller, RunFolder, fit, load_checkpoint, read_csv
+from lfcc_kernels.distill import Batch, Distiller, RunFolder, fit, load_checkpoint, metrics, read_csv
 from lfcc_kernels.distill.loop import create_training_state
 from lfcc_kernels.distill.metrics import PHASES, StepTimer
 from lfcc_kernels.distill.update import update
@@ -177,16 +177,20 @@ def test_mixed_precision(tmp_path: Path, amp_dtype: str) -> None:
 
 
 def test_timer_separates_the_phases_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only slow parts advance."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, forward, backward):
             ctx.backward_seconds = backward
-            time.sleep(forward)
+            clock.now += forward
             return x.clone()
 
         @staticmethod
         def backward(ctx, grad):
-            time.sleep(ctx.backward_seconds)
+            clock.now += ctx.backward_seconds
             return grad, None, None
 
     class Slowed(torch.nn.Module):
@@ -209,7 +213,7 @@ def test_timer_separates_the_phases_of_a_step(monkeypatch: pytest.MonkeyPatch) -
     loss.backward()
     timer.mark("backward")
     seconds = dict.fromkeys(PHASES, 0.0) | {"student": 0.05, "loss": 0.35, "backward": 0.1}
-    assert timer.read() == pytest.approx(seconds, abs=0.05)
+    assert timer.read() == pytest.approx(seconds)
 
 
 def test_an_incomplete_log_row_is_dropped(tmp_path: Path) -> None:
