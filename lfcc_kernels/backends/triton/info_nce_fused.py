@@ -37,7 +37,7 @@ def _load_q(
 
 @triton.jit
 def _load_k(
-    block, q, row, scale, row_ids, k, k_factors, k_ids, k_count, shift,
+    block, q, row, q_inside, scale, row_ids, k, k_factors, k_ids, k_count, shift,
     HAS_IDS: tl.constexpr, WIDTH: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ACC_DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _load_k(
     qk = tl.dot(q.to(DOT_DTYPE), tl.trans(values.to(DOT_DTYPE)), input_precision=PRECISION, out_dtype=ACC_DTYPE)
     logits = qk * scale[:, None] * factor[None, :]
     positive = col[None, :] == (row + shift)[:, None]
-    included = inside[None, :]
+    included = q_inside[:, None] & inside[None, :]
     if HAS_IDS:
         col_ids = tl.load(k_ids + col, mask=inside, other=0)
         included = included & (positive | (row_ids[:, None] != col_ids[None, :]))
@@ -76,7 +76,7 @@ def one_pass_kernel(
     acc = tl.zeros((BLOCK_B, WIDTH), ACC_DTYPE)
     for block in tl.range(tl.program_id(1), tl.cdiv(k_count, BLOCK_K), tl.num_programs(1)):
         _col, keys, factor, logits, positive, included = _load_k(
-            block, queries, row, scale, row_ids, k, k_factors, k_ids, k_count, shift,
+            block, queries, row, inside, scale, row_ids, k, k_factors, k_ids, k_count, shift,
             HAS_IDS, WIDTH, DOT_DTYPE, PRECISION, ACC_DTYPE, BLOCK_K,
         )  # fmt: skip
         positive_logit += tl.sum(tl.where(positive, logits, 0.0), 1)
@@ -162,10 +162,9 @@ def gradient_kernel(
     acc = tl.zeros((BLOCK_B, WIDTH), ACC_DTYPE)
     for block in tl.range(tl.program_id(1), tl.cdiv(k_count, BLOCK_K), tl.num_programs(1)):
         col, keys, factor, logits, positive, included = _load_k(
-            block, queries, row, scale, row_ids, k, k_factors, k_ids, k_count, shift,
+            block, queries, row, inside, scale, row_ids, k, k_factors, k_ids, k_count, shift,
             HAS_IDS, WIDTH, DOT_DTYPE, PRECISION, ACC_DTYPE, BLOCK_K,
         )  # fmt: skip
-        included = inside[:, None] & included
         label = tl.where(positive, 1.0, 0.0).to(ACC_DTYPE)
         weight = tl.zeros((BLOCK_B, BLOCK_K), ACC_DTYPE)
         if SYMMETRIC or not OF_TEACHER:
