@@ -91,7 +91,7 @@ def test_sigterm_saves_a_checkpoint(folder: Path, ranks: int) -> None:
     else:
         processes[1].send_signal(signal.SIGTERM)  # only one rank gets the signal
     messages = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [143] * ranks
+    assert [process.returncode for process in processes] == [143] * ranks, messages
     step = load_checkpoint(last)["progress"]["step"]
     assert messages[0] == f"terminated after update {step}, saved {last}: continue with --resume\n"
     assert not any(messages[1:])
